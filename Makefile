@@ -1,0 +1,57 @@
+# Every target sets up what it needs; the second time that is a check of one file's date.
+#   make demo PYTHON=python3.13   picks the interpreter the environment is made with.
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.tinygpt-installed
+export NO_MKDOCS_2_WARNING := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test check docs bench format
+
+help:  ## list the targets
+	@echo "make demo     train a small GPT on real text, stop, resume, write text, save, load: minutes on a CPU"
+	@echo "make test     run the test suite"
+	@echo "make check    formatting, lint, types, import floors, version"
+	@echo "make docs     build the documentation into site/, warnings are errors"
+	@echo "make bench    run every script in benchmarks/"
+	@echo "make format   format the code and apply safe lint fixes"
+	@echo "Each makes .venv and installs into it first, where that is needed. PYTHON=... chooses the interpreter."
+
+install: $(STAMP)
+
+# The stamp is written last, so an interrupted install is taken up again. A .venv whose pip does not run is remade.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "tinygpt needs Python 3.11 or newer; '$(PYTHON)' is older or missing. Try: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@$(PY) -m pip --version >/dev/null 2>&1 || { echo "creating $(VENV)"; $(PYTHON) -m venv --clear $(VENV); }
+	@echo "installing tinygpt and its tools into $(VENV) (once; torch is a large download)"
+	$(PY) -m pip install --disable-pip-version-check -c constraints.txt -e ".[dev,docs]"
+	@touch $@
+
+demo: $(STAMP)
+	$(PY) examples/reproduce_rtx4070_d12.py --scale demo --out runs/demo
+
+test: $(STAMP)
+	$(PY) -m pytest -n 2
+
+check: $(STAMP)
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy --strict src examples benchmarks
+	$(VENV)/bin/lint-imports
+	@code=$$(sed -n 's/^__version__ = "\([^"]*\)".*/\1/p' src/tinygpt/__init__.py); \
+	log=$$(sed -n 's/^## \([0-9][^ ]*\).*/\1/p' CHANGELOG.md | head -n 1); \
+	test -n "$$code" && test "$$code" = "$$log" || \
+	  { echo "version '$$code' in src/tinygpt/__init__.py is not the top entry '$$log' of CHANGELOG.md" >&2; exit 1; }; \
+	echo "version $$code is the top entry of CHANGELOG.md"
+
+docs: $(STAMP)
+	$(VENV)/bin/mkdocs build --strict
+
+bench: $(STAMP)
+	@for script in benchmarks/[!_]*.py; do echo "== $$script"; $(PY) "$$script" || exit 1; done
+
+format: $(STAMP)
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/ruff check --fix .

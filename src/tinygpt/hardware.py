@@ -1,0 +1,131 @@
+"""Peak arithmetic and memory speed of common devices, by the name the driver gives them.
+
+Dense rates without sparsity, at the vendor's boost clock. On GeForce cards the 16-bit tensor cores run at half rate
+when they accumulate in float32, which is what torch does, so the rate here is twice the float32 shader rate. A
+device that is not listed gives None: a wrong peak is worse than none.
+"""
+
+import re
+from typing import NamedTuple
+
+from tinygpt.errors import ConfigError
+
+__all__ = ["memory_bandwidth", "peak_flops"]
+
+
+class _Device(NamedTuple):
+    """TFLOP/s in bfloat16, float16 and float32 (outside tensor cores), and GB/s; None where unknown or unsupported."""
+
+    bfloat16: float | None
+    float16: float | None
+    float32: float | None
+    bandwidth: float | None
+
+
+def _geforce(cores: int, boost_mhz: int, bandwidth: float) -> _Device:
+    """Derive the rates of an Ampere, Ada or Blackwell GeForce card from its number of shader cores and clock."""
+    float32 = 2 * cores * boost_mhz * 1e-6
+    return _Device(2 * float32, 2 * float32, float32, bandwidth)
+
+
+_DEVICES = {
+    # NVIDIA Ampere GA102 whitepaper and GeForce RTX 30 product pages. The 3060 is the 12 GB card, the 3060 Ti the
+    # GDDR6 one, the 3080 the 10 GB one; their variants have the same name and differ by a few per cent in arithmetic.
+    "RTX 3060": _geforce(3584, 1777, 360.0),
+    "RTX 3060 Ti": _geforce(4864, 1665, 448.0),
+    "RTX 3070": _geforce(5888, 1725, 448.0),
+    "RTX 3070 Ti": _geforce(6144, 1770, 608.3),
+    "RTX 3080": _geforce(8704, 1710, 760.3),
+    "RTX 3080 Ti": _geforce(10240, 1665, 912.4),
+    "RTX 3090": _geforce(10496, 1695, 936.2),
+    "RTX 3090 Ti": _geforce(10752, 1860, 1008.0),
+    # NVIDIA Ada GPU architecture whitepaper and GeForce RTX 40 product pages.
+    "RTX 4060": _geforce(3072, 2460, 272.0),
+    "RTX 4060 Ti": _geforce(4352, 2535, 288.0),
+    "RTX 4070": _geforce(5888, 2475, 504.0),
+    "RTX 4070 SUPER": _geforce(7168, 2475, 504.0),
+    "RTX 4070 Ti": _geforce(7680, 2610, 504.0),
+    "RTX 4070 Ti SUPER": _geforce(8448, 2610, 672.0),
+    "RTX 4080": _geforce(9728, 2505, 716.8),
+    "RTX 4080 SUPER": _geforce(10240, 2550, 736.0),
+    "RTX 4090": _geforce(16384, 2520, 1008.0),
+    # NVIDIA RTX Blackwell GPU architecture whitepaper and GeForce RTX 50 product pages.
+    "RTX 5070": _geforce(6144, 2512, 672.0),
+    "RTX 5070 Ti": _geforce(8960, 2452, 896.0),
+    "RTX 5080": _geforce(10752, 2617, 960.0),
+    "RTX 5090": _geforce(21760, 2407, 1792.0),
+    # NVIDIA RTX A6000 datasheet; NVIDIA RTX 6000 Ada Generation datasheet.
+    "RTX A6000": _Device(154.8, 154.8, 38.7, 768.0),
+    "RTX 6000 Ada Generation": _Device(364.2, 364.2, 91.1, 960.0),
+    # NVIDIA A100 datasheet.
+    "A100-SXM4-40GB": _Device(312.0, 312.0, 19.5, 1555.0),
+    "A100-PCIE-40GB": _Device(312.0, 312.0, 19.5, 1555.0),
+    "A100-SXM4-80GB": _Device(312.0, 312.0, 19.5, 2039.0),
+    "A100 80GB PCIe": _Device(312.0, 312.0, 19.5, 1935.0),
+    # NVIDIA H100 and H200 datasheets, which list rates with sparsity: halved. The 80 GB HBM3 name is the SXM5 board.
+    "H100 80GB HBM3": _Device(989.4, 989.4, 66.9, 3350.0),
+    "H100 PCIe": _Device(756.5, 756.5, 51.2, 2000.0),
+    "H100 NVL": _Device(835.5, 835.5, 60.0, 3900.0),
+    "H200": _Device(989.4, 989.4, 66.9, 4800.0),
+    # NVIDIA L4, L40S, A10, A30 and A40 datasheets.
+    "L4": _Device(121.0, 121.0, 30.3, 300.0),
+    "L40S": _Device(362.05, 362.05, 91.6, 864.0),
+    "A10": _Device(125.0, 125.0, 31.2, 600.0),
+    "A30": _Device(165.0, 165.0, 10.3, 933.0),
+    "A40": _Device(149.7, 149.7, 37.4, 696.0),
+    # NVIDIA T4 and V100 datasheets: no bfloat16 units. Sources for the T4's memory differ (300, 320).
+    "T4": _Device(None, 65.0, 8.1, None),
+    "V100-SXM2-16GB": _Device(None, 125.0, 15.7, 900.0),
+    "V100-SXM2-32GB": _Device(None, 125.0, 15.7, 900.0),
+    "V100-PCIE-16GB": _Device(None, 112.0, 14.0, 900.0),
+    "V100-PCIE-32GB": _Device(None, 112.0, 14.0, 900.0),
+    # AMD Instinct MI300X datasheet.
+    "MI300X": _Device(1307.4, 1307.4, 163.4, 5300.0),
+}
+
+_DTYPES = ("bfloat16", "float16", "float32")
+_VENDOR = re.compile(r"^(NVIDIA|AMD)?\s*(GEFORCE|TESLA|INSTINCT)?\s*")
+
+
+def _key(name: str) -> str:
+    """Reduce a name to what tells cards apart, so that `NVIDIA GeForce RTX 4070` and `rtx4070` are one."""
+    return re.sub(r"[\s_-]+", "", _VENDOR.sub("", name.strip().upper()))
+
+
+_BY_KEY = {_key(name): device for name, device in _DEVICES.items()}
+
+
+def peak_flops(device_name: str, dtype: str = "bfloat16") -> float | None:
+    """Return the dense peak of a device in FLOP/s, a multiply-add counted as two.
+
+    Args:
+        device_name: As `torch.cuda.get_device_name()` gives it. The whole name must be known: a laptop variant or a
+            slice of a partitioned GPU is not the card it is named after.
+        dtype: `"bfloat16"`, `"float16"` or `"float32"` (without TF32).
+
+    Returns:
+        The peak, or None if the device is unknown or has no units for the dtype.
+
+    Raises:
+        ConfigError: If the dtype is not one of the three.
+
+    Example:
+        ```python
+        peak_flops("NVIDIA GeForce RTX 4070")  # 5.83e13
+        ```
+    """
+    if dtype not in _DTYPES:
+        raise ConfigError(f"dtype={dtype!r} is not in the table; choose {', '.join(_DTYPES)}.")
+    device = _BY_KEY.get(_key(device_name))
+    rate = getattr(device, dtype) if device else None
+    return rate * 1e12 if rate is not None else None
+
+
+def memory_bandwidth(device_name: str) -> float | None:
+    """Return the memory bandwidth of a device in bytes/s, or None if it is unknown.
+
+    Args:
+        device_name: As for `peak_flops`.
+    """
+    device = _BY_KEY.get(_key(device_name))
+    return device.bandwidth * 1e9 if device and device.bandwidth is not None else None

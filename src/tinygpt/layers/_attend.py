@@ -1,0 +1,67 @@
+"""Causal attention over queries, keys and values: the only place that picks an attention backend."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from tinygpt.errors import ConfigError
+
+
+def causal_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    window_tokens: int | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Softmax attention in which each query sees itself and what came before it.
+
+    The queries are the last `q_seq` of the `seq` positions of the keys, so the same call serves training
+    (`q_seq == seq`), a prompt continued on a cache, and one new token. Fewer key/value heads than query heads mean
+    that groups of query heads share them.
+
+    Args:
+        q: `(batch, heads, q_seq, head_dim)`.
+        k: `(batch, kv_heads, seq, head_dim)` with `seq >= q_seq`.
+        v: Shape of `k`.
+        window_tokens: How many tokens before its own a query sees; `None` for all of them.
+        scale: Factor of the scores; `None` for `head_dim ** -0.5`.
+
+    Returns:
+        `(batch, heads, q_seq, head_dim)`.
+
+    Raises:
+        ConfigError: If there are more queries than keys, heads are no multiple of kv_heads, or the window is negative.
+
+    References:
+        Vaswani et al., [Attention Is All You Need](https://arxiv.org/abs/1706.03762), 2017; grouped heads from Ainslie
+        et al., [GQA](https://arxiv.org/abs/2305.13245), 2023. The window counts as in FlashAttention: a window of
+        `w` lets a query see `w + 1` positions, its own included.
+    """
+    heads, kv_heads, q_seq, seq = q.shape[1], k.shape[1], q.shape[2], k.shape[2]
+    if q_seq > seq:
+        raise ConfigError(f"causal_attention got {q_seq} queries for {seq} keys; there must be a key for each query.")
+    if heads % kv_heads:
+        raise ConfigError(f"causal_attention got {heads} query heads, not a multiple of {kv_heads} key/value heads.")
+    if window_tokens is not None:
+        if window_tokens < 0:
+            raise ConfigError(f"window_tokens={window_tokens} is negative; use None for no window.")
+        # Keys that no query can see cost time for nothing: the first query sits at position seq - q_seq.
+        visible = min(seq, q_seq + window_tokens)
+        k, v, seq = k[:, :, -visible:], v[:, :, -visible:], visible
+        if window_tokens >= seq - 1:
+            window_tokens = None
+    grouped = heads != kv_heads
+    if window_tokens is None and q_seq == seq:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
+    mask = None if q_seq == 1 else _band(q_seq, seq, window_tokens, q.device)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
+
+
+def _band(q_seq: int, seq: int, window_tokens: int | None, device: torch.device) -> Tensor:
+    """Return the boolean mask `(q_seq, seq)` of what each of the last `q_seq` positions sees."""
+    query = torch.arange(seq - q_seq, seq, device=device)[:, None]
+    key = torch.arange(seq, device=device)[None, :]
+    seen = key <= query
+    return seen if window_tokens is None else seen & (query - key <= window_tokens)

@@ -1,0 +1,108 @@
+"""The transformer block, and the backout of its middle."""
+
+import torch
+from torch import Tensor, nn
+
+from tinygpt.errors import ConfigError
+from tinygpt.layers._kv_cache import LayerCache
+from tinygpt.layers._norm import RMSNorm
+
+
+class Block(nn.Module):
+    """Pre-norm residual block: `x = a * x + b * x0`, then `x += attention(norm(x))`, then `x += mlp(norm(x))`.
+
+    `x0` is the embedding that entered the first block; `a` and `b` are learned scalars, each of which can be left out.
+
+    Args:
+        dim: Width of the residual stream.
+        attention: Called as `attention(x, token_ids=..., cache=...)`; returns what is added to `x`.
+        mlp: Called as `mlp(x)`; returns what is added to `x`.
+        norm_weight: Whether the two norms have learned weights.
+        residual_scale: First value of `a`; `None` leaves the factor out.
+        x0_scale: First value of `b`; `None` leaves the term out.
+
+    References:
+        The two scalars are modded-nanogpt's residual and x0 lambdas.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        attention: nn.Module,
+        mlp: nn.Module,
+        *,
+        norm_weight: bool = False,
+        residual_scale: float | None = None,
+        x0_scale: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(dim, weight=norm_weight)
+        self.attention = attention
+        self.mlp_norm = RMSNorm(dim, weight=norm_weight)
+        self.mlp = mlp
+        self._first_scales = (residual_scale, x0_scale)
+        self.residual_scale = None if residual_scale is None else nn.Parameter(torch.empty(1))
+        self.x0_scale = None if x0_scale is None else nn.Parameter(torch.empty(1))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set the two scalars to their first values."""
+        for parameter, first in zip((self.residual_scale, self.x0_scale), self._first_scales, strict=True):
+            if parameter is not None and first is not None:
+                nn.init.constant_(parameter, first)
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        x0: Tensor | None = None,
+        token_ids: Tensor | None = None,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
+        """Apply the block.
+
+        Args:
+            x: `(batch, seq, dim)`.
+            x0: Shape of `x`, needed when the block has an `x0_scale`.
+            token_ids: `(batch, seq)` int64, handed to the attention.
+            cache: The cache of this layer, handed to the attention.
+
+        Returns:
+            `(batch, seq, dim)`.
+
+        Raises:
+            ConfigError: If `x0` is needed and missing.
+        """
+        if self.residual_scale is not None:
+            x = self.residual_scale.to(x.dtype) * x
+        if self.x0_scale is not None:
+            if x0 is None:
+                raise ConfigError("this Block has an x0_scale: call it with x0=(batch, seq, dim), the embedded input.")
+            x = x + self.x0_scale.to(x.dtype) * x0
+        x = x + self.attention(self.attention_norm(x), token_ids=token_ids, cache=cache)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Backout(nn.Module):
+    """Take a learned share of the mid-depth residual stream out of the last one: `x - scale * middle`.
+
+    Args:
+        scale: First value of the learned scalar.
+
+    References:
+        modded-nanogpt's backout, in nanochat's form.
+    """
+
+    def __init__(self, *, scale: float = 0.2) -> None:
+        super().__init__()
+        self._first_scale = scale
+        self.scale = nn.Parameter(torch.empty(1))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set the scalar to its first value."""
+        nn.init.constant_(self.scale, self._first_scale)
+
+    def forward(self, x: Tensor, middle: Tensor) -> Tensor:
+        """Combine two tensors of shape `(batch, seq, dim)` into one of the same shape and dtype."""
+        return x - self.scale.to(x.dtype) * middle

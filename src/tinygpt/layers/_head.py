@@ -1,0 +1,201 @@
+"""The output head: logits for sampling, and a loss that never holds the logits of all tokens at once."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from tinygpt.errors import ConfigError
+from tinygpt.layers._linear import Linear
+
+# Logits alive at a time, in elements: 2**25 float32 are 128 MiB, 1,024 tokens at a vocabulary of 32,768.
+_CHUNK_ELEMENTS = 2**25
+
+
+class LMHead(Linear):
+    """Project the residual stream to logits over the vocabulary, with a soft cap.
+
+    Logits are `soft_cap * tanh(x @ weight.T / soft_cap)`, in float32. For training, `loss` works through the tokens in
+    chunks and computes the gradient of each chunk's logits at once, so that neither the logits nor
+    their gradients of more than one chunk ever exist.
+
+    Args:
+        dim: Width of the residual stream.
+        vocab_size: Number of token ids.
+        padded_vocab_size: Rows of the weight, at least `vocab_size`; rows beyond it never become logits.
+            `None` for no padding.
+        soft_cap: Bound on the magnitude of a logit; `None` for none.
+        chunk_tokens: Tokens whose logits exist at a time in `loss`; `None` bounds them by 128 MiB of float32.
+        ignore_index: Target that counts for nothing.
+        std: Standard deviation of the first weights; 0.001 is nanochat's, so a new model predicts evenly.
+
+    Raises:
+        ConfigError: If a size is not positive, `padded_vocab_size` is below `vocab_size` or the cap is not positive.
+
+    References:
+        The cap is that of [Gemma 2](https://arxiv.org/abs/2408.00118), 2024; nanochat takes 15. Gradients in
+        the forward pass follow the idea of [Liger Kernel](https://arxiv.org/abs/2410.10989), 2024, in plain PyTorch.
+    """
+
+    is_lm_head = True
+
+    def __init__(
+        self,
+        dim: int,
+        vocab_size: int,
+        *,
+        padded_vocab_size: int | None = None,
+        soft_cap: float | None = 15.0,
+        chunk_tokens: int | None = None,
+        ignore_index: int = -1,
+        std: float = 0.001,
+    ) -> None:
+        rows = vocab_size if padded_vocab_size is None else padded_vocab_size
+        if vocab_size < 1 or rows < vocab_size:
+            raise ConfigError(f"LMHead needs 1 <= vocab_size <= padded_vocab_size, got {vocab_size} and {rows}.")
+        if soft_cap is not None and soft_cap <= 0:
+            raise ConfigError(f"soft_cap={soft_cap} must be positive, or None for no cap.")
+        if chunk_tokens is not None and chunk_tokens < 1:
+            raise ConfigError(f"chunk_tokens={chunk_tokens} must be positive, or None to choose it by memory.")
+        self.std = std  # before super().__init__, which draws the weight
+        super().__init__(dim, rows)
+        self.vocab_size = vocab_size
+        self.soft_cap = soft_cap
+        self.chunk_tokens = chunk_tokens
+        self.ignore_index = ignore_index
+
+    def reset_parameters(self) -> None:
+        """Draw the weight from a narrow normal distribution."""
+        nn.init.normal_(self.weight, std=self.std)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logits: `(..., dim)` -> `(..., vocab_size)` float32."""
+        logits = _float(F.linear(x, self.weight[: self.vocab_size].to(x.dtype)))
+        return logits if self.soft_cap is None else self.soft_cap * torch.tanh(logits / self.soft_cap)
+
+    def loss(self, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the summed cross-entropy and the number of targets it sums over.
+
+        Args:
+            x: `(batch, seq, dim)`.
+            targets: `(batch, seq)` int64, `ignore_index` where not trained on.
+
+        Returns:
+            Loss in nats as a scalar of at least float32 that carries gradients, and an int64 scalar.
+
+        Raises:
+            ConfigError: If shapes do not fit or, on CPU, a target lies outside the vocabulary.
+        """
+        if not torch.is_grad_enabled():
+            return self.token_losses(x, targets).sum(), (targets != self.ignore_index).sum()
+        self._check(x, targets)
+        hidden, flat = x.reshape(-1, x.shape[-1]), targets.reshape(-1)
+        weight = self.weight[: self.vocab_size]
+        total = _ChunkedLoss.apply(hidden, weight, flat, self.soft_cap, self._chunk(), self.ignore_index)
+        return total, (flat != self.ignore_index).sum()
+
+    @torch.no_grad()
+    def token_losses(self, x: Tensor, targets: Tensor) -> Tensor:
+        """Return the loss of every target in nats, without gradients: `(batch, seq)` float32, 0 where ignored.
+
+        Raises:
+            ConfigError: If shapes do not fit or, on CPU, a target lies outside the vocabulary.
+        """
+        self._check(x, targets)
+        weight = self.weight[: self.vocab_size].to(x.dtype)
+        hidden, flat = x.reshape(-1, x.shape[-1]), targets.reshape(-1)
+        parts = [
+            _chunk_loss(hidden[rows], weight, flat[rows], self.soft_cap, self.ignore_index)[0]
+            for rows in _slices(len(flat), self._chunk())
+        ]
+        return torch.cat(parts).view(targets.shape)
+
+    def _chunk(self) -> int:
+        return self.chunk_tokens or max(1, _CHUNK_ELEMENTS // self.vocab_size)
+
+    def _check(self, x: Tensor, targets: Tensor) -> None:
+        if x.shape[:-1] != targets.shape:
+            raise ConfigError(f"hidden states {tuple(x.shape)} do not fit targets {tuple(targets.shape)}.")
+        # Reading the extremes would make a GPU wait, where a bad target stops in a device assertion anyway.
+        if targets.device.type == "cpu" and targets.numel():
+            highest = int(targets.max())
+            lowest = int(torch.where(targets == self.ignore_index, 0, targets).min())
+            if lowest < 0 or highest >= self.vocab_size:
+                wrong = lowest if lowest < 0 else highest
+                raise ConfigError(
+                    f"target {wrong} lies outside the vocabulary of {self.vocab_size}; "
+                    f"{self.ignore_index} marks targets to ignore."
+                )
+
+
+def _float(logits: Tensor) -> Tensor:
+    """Raise half precision to float32 and leave float64 alone, for gradient checks."""
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def _slices(length: int, chunk: int) -> list[slice]:
+    return [slice(start, start + chunk) for start in range(0, length, chunk)]
+
+
+def _chunk_loss(
+    x: Tensor, weight: Tensor, targets: Tensor, soft_cap: float | None, ignore_index: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Return losses `(tokens,)`, logits, their log-sum-exp and, with a cap, the tanh, all of one chunk."""
+    logits = _float(F.linear(x, weight))
+    tanh = None
+    if soft_cap is not None:
+        tanh = logits.div_(soft_cap).tanh_()
+        logits = tanh * soft_cap
+    log_sum = logits.logsumexp(dim=-1)
+    ignored = targets == ignore_index
+    picked = logits.gather(1, targets.masked_fill(ignored, 0)[:, None])[:, 0]
+    return (log_sum - picked).masked_fill(ignored, 0.0), logits, log_sum, tanh
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """Summed cross-entropy of capped logits; the gradients are computed chunk by chunk in the forward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, master: Tensor, targets: Tensor, soft_cap: float | None, chunk: int, ignore_index: int
+    ) -> Tensor:
+        weight = master.to(x.dtype)
+        needs_x, needs_weight = ctx.needs_input_grad[:2]
+        grad_x = torch.empty_like(x) if needs_x else None
+        # In the dtype of the master weight: many chunks add up here, each product rounded to bfloat16 at most.
+        grad_weight = torch.zeros_like(master) if needs_weight else None
+        total = torch.zeros((), device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
+        for rows in _slices(len(targets), chunk):
+            part, target = x[rows], targets[rows]
+            losses, logits, log_sum, tanh = _chunk_loss(part, weight, target, soft_cap, ignore_index)
+            total += losses.sum()
+            if grad_x is None and grad_weight is None:
+                continue
+            # d loss / d logit = softmax - onehot; through the cap also times 1 - tanh**2. All in the logits' memory.
+            ignored = target == ignore_index
+            grad = logits.sub_(log_sum[:, None]).exp_()
+            grad.scatter_add_(1, target.masked_fill(ignored, 0)[:, None], grad.new_full((len(target), 1), -1.0))
+            if tanh is not None:
+                grad.mul_(tanh.square_().neg_().add_(1.0))
+            grad = grad.masked_fill_(ignored[:, None], 0.0).to(x.dtype)
+            if grad_x is not None:
+                torch.mm(grad, weight, out=grad_x[rows])
+            if grad_weight is not None:
+                if grad_weight.dtype == grad.dtype:
+                    grad_weight.addmm_(grad.T, part)
+                else:
+                    grad_weight += grad.T @ part
+        ctx.save_for_backward(grad_x, grad_weight)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, ...]:
+        grad_x, grad_weight = ctx.saved_tensors
+        if grad_x is not None:
+            grad_x = grad_x * grad_total.to(grad_x.dtype)
+        if grad_weight is not None:
+            grad_weight = grad_weight * grad_total.to(grad_weight.dtype)
+        return grad_x, grad_weight, None, None, None, None

@@ -1,0 +1,55 @@
+"""A linear layer whose weight stays in float32 and whose product runs in the dtype of its input."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tinygpt.errors import ConfigError
+
+
+class Linear(nn.Linear):
+    """`x @ weight.T (+ bias)` with a float32 master weight, multiplied in the dtype of `x`.
+
+    The optimizer sees full-precision weights while a bfloat16 input gives a bfloat16 product, without autocast.
+    The weight starts uniform with standard deviation `in_features ** -0.5`, the bias (off by default) at zero.
+
+    Args:
+        in_features: Width of the input.
+        out_features: Width of the output.
+        bias: Whether to add a learned bias.
+        device: Where to create the parameters.
+        dtype: Dtype of the parameters, float32 if not given.
+
+    Raises:
+        ConfigError: If a width is not positive.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if in_features < 1 or out_features < 1:
+            raise ConfigError(f"Linear needs positive widths, got in_features={in_features}, {out_features=}.")
+        super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
+
+    def reset_parameters(self) -> None:
+        """Draw the weight uniformly with standard deviation `in_features ** -0.5`; zero the bias."""
+        uniform_with_std_(self.weight, self.in_features**-0.5)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply to the last axis: `(..., in_features)` -> `(..., out_features)` in the dtype of `x`."""
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)
+
+
+def uniform_with_std_(tensor: Tensor, std: float) -> None:
+    """Fill in place from the uniform distribution around zero with this standard deviation."""
+    bound = 3**0.5 * std
+    nn.init.uniform_(tensor, -bound, bound)

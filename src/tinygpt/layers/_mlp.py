@@ -1,0 +1,98 @@
+"""Feed-forward layers."""
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tinygpt.layers._linear import Linear, uniform_with_std_
+
+
+class ReluSquaredMLP(nn.Module):
+    """Feed-forward layer `down(relu(up(x)) ** 2)`.
+
+    The up projection starts at 0.4 of the usual spread and the down projection at zero, as in nanochat.
+
+    Args:
+        dim: Width of the residual stream.
+        hidden_dim: Width of the hidden layer; nanochat uses `4 * dim`.
+
+    Raises:
+        ConfigError: If a width is not positive.
+
+    References:
+        So et al., [Primer: Searching for Efficient Transformers](https://arxiv.org/abs/2109.08668), 2021.
+    """
+
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.up_proj = Linear(dim, hidden_dim)
+        self.down_proj = Linear(hidden_dim, dim)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the up projection with 0.4 of the usual spread; zero the down projection."""
+        uniform_with_std_(self.up_proj.weight, 0.4 * self.up_proj.in_features**-0.5)
+        nn.init.zeros_(self.down_proj.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply to every position: `(batch, seq, dim)` -> same shape and dtype."""
+        return self.down_proj(F.relu(self.up_proj(x)).square())
+
+
+class GeluMLP(nn.Module):
+    """Feed-forward layer `down(gelu(up(x)))`; the down projection starts at zero.
+
+    Args:
+        dim: Width of the residual stream.
+        hidden_dim: Width of the hidden layer; GPT-2 uses `4 * dim`.
+
+    Raises:
+        ConfigError: If a width is not positive.
+
+    References:
+        Hendrycks and Gimpel, [Gaussian Error Linear Units](https://arxiv.org/abs/1606.08415), 2016, in the exact form;
+        GPT-2 used the tanh approximation.
+    """
+
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.up_proj = Linear(dim, hidden_dim)
+        self.down_proj = Linear(hidden_dim, dim)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Zero the down projection."""
+        nn.init.zeros_(self.down_proj.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply to every position: `(batch, seq, dim)` -> same shape and dtype."""
+        return self.down_proj(F.gelu(self.up_proj(x)))
+
+
+class SwiGLU(nn.Module):
+    """Gated feed-forward layer `down(silu(gate(x)) * up(x))`; the down projection starts at zero.
+
+    Args:
+        dim: Width of the residual stream.
+        hidden_dim: Width of the hidden layer. Llama uses about 8/3 of `dim`.
+
+    Raises:
+        ConfigError: If a width is not positive.
+
+    References:
+        Shazeer, [GLU Variants Improve Transformer](https://arxiv.org/abs/2002.05202), 2020.
+    """
+
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.gate_proj = Linear(dim, hidden_dim)
+        self.up_proj = Linear(dim, hidden_dim)
+        self.down_proj = Linear(hidden_dim, dim)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Zero the down projection."""
+        nn.init.zeros_(self.down_proj.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply to every position: `(batch, seq, dim)` -> same shape and dtype."""
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))

@@ -1,0 +1,84 @@
+"""Rotary position embedding."""
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from tinygpt.errors import ConfigError
+
+
+class RotaryEmbedding(nn.Module):
+    """Rotate pairs of channels of queries and keys by an angle proportional to their position.
+
+    Channel `i` is paired with channel `i + head_dim / 2`, and pair `i` turns by `base ** (-2 i / head_dim)` radians
+    a position. The sine and cosine tables are buffers that are not saved; `reset_parameters` rebuilds them.
+
+    Args:
+        head_dim: Channels of one head; even.
+        max_seq_len: Number of positions in the tables.
+        base: Ratio between the slowest and the fastest rotation. nanochat takes 100,000, the paper 10,000.
+        clockwise: Rotate by minus the angle, as nanochat does. `False` is the sign of the paper and of Llama.
+            Scores depend on angle differences alone, so either sign trains alike, but weights trained with one
+            need the same one later.
+
+    Raises:
+        ConfigError: If `head_dim` is odd or not positive, or `max_seq_len` or `base` is not positive.
+
+    References:
+        Su et al., [RoFormer: Enhanced Transformer with Rotary Position Embedding](https://arxiv.org/abs/2104.09864),
+        2021. The paper pairs neighbouring channels; pairing the two halves is the layout of GPT-NeoX.
+    """
+
+    def __init__(self, head_dim: int, max_seq_len: int, *, base: float = 100_000.0, clockwise: bool = True) -> None:
+        super().__init__()
+        if head_dim < 2 or head_dim % 2:
+            raise ConfigError(f"RotaryEmbedding needs an even, positive head_dim, got {head_dim}.")
+        if max_seq_len < 1 or base <= 0:
+            raise ConfigError(f"RotaryEmbedding needs positive max_seq_len and base, got {max_seq_len} and {base}.")
+        self.head_dim = head_dim
+        self.max_seq_len = max_seq_len
+        self.base = base
+        self.clockwise = clockwise
+        self.register_buffer("cos", torch.empty(max_seq_len, head_dim // 2), persistent=False)
+        self.register_buffer("sin", torch.empty(max_seq_len, head_dim // 2), persistent=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Fill the tables on the device where the buffers live."""
+        cos, sin = cast(Tensor, self.cos), cast(Tensor, self.sin)
+        if cos.is_meta:
+            return
+        exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float32, device=cos.device) / self.head_dim
+        positions = torch.arange(self.max_seq_len, dtype=torch.float32, device=cos.device)
+        angles = torch.outer(positions, 1.0 / self.base**exponents)
+        sign = -1.0 if self.clockwise else 1.0
+        cos.copy_(angles.cos())
+        sin.copy_(sign * angles.sin())
+
+    def forward(self, x: Tensor, *, position: int = 0) -> Tensor:
+        """Rotate queries or keys.
+
+        Args:
+            x: `(batch, heads, seq, head_dim)`.
+            position: Position of the first element of `x` in its sequence.
+
+        Returns:
+            Same shape and dtype.
+
+        Raises:
+            ConfigError: If the last position lies beyond `max_seq_len`.
+        """
+        end = position + x.shape[-2]
+        if end > self.max_seq_len:
+            raise ConfigError(
+                f"position {end - 1} lies beyond the {self.max_seq_len} positions of this RotaryEmbedding; "
+                "shorten the sequence or build the model with a larger max_seq_len."
+            )
+        cos = cast(Tensor, self.cos)[position:end].to(x.dtype)
+        sin = cast(Tensor, self.sin)[position:end].to(x.dtype)
+        first, second = x.chunk(2, dim=-1)
+        return torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1)
+
+    def extra_repr(self) -> str:
+        return f"{self.head_dim}, {self.max_seq_len}, base={self.base:g}, clockwise={self.clockwise}"

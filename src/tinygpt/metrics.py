@@ -1,0 +1,144 @@
+"""What a training step reports, how fast it was, and the file that keeps it."""
+
+import json
+import math
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+
+from tinygpt import hardware
+from tinygpt.errors import DataError
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """One finished optimizer step.
+
+    Attributes:
+        index: The step, counted from 0 over the whole run, resumes included.
+        loss: Mean loss of the step's targets in nats, before the update.
+        grad_norm: Euclidean norm of all gradients of the mean loss, before clipping.
+        lr: Learning rate of the lead group: the first Muon group, or the first group if there is none.
+        weight_decay: Weight decay of that group, 0 if it has none.
+        momentum: Momentum of that group; `None` if it has none.
+        tokens: Training tokens of the run so far, this step included.
+        epoch: Passes over the data begun so far, from 1; `None` if the loader does not tell.
+        tokens_per_second: Speed of this step, the wait for data included, evaluation and saving not.
+        mfu: Share of the device's peak FLOP/s; `None` where the peak is not known.
+        peak_memory_bytes: Highest memory so far: allocated on a GPU, resident on a CPU; `None` if unknown.
+        elapsed_seconds: Training time of the run so far, evaluation and saving not included.
+    """
+
+    index: int
+    loss: float
+    grad_norm: float
+    lr: float
+    weight_decay: float
+    momentum: float | None
+    tokens: int
+    epoch: int | None
+    tokens_per_second: float
+    mfu: float | None
+    peak_memory_bytes: int | None
+    elapsed_seconds: float
+
+
+def peak_memory_bytes(device: torch.device) -> int | None:
+    """Return the highest memory use so far: allocated on a GPU, resident set of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if device.type != "cpu" or sys.platform == "win32":
+        return None
+    import resource  # Unix only
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """Return the device's peak FLOP/s in this dtype; `None` if the table does not know it."""
+    if device.type != "cuda":
+        return None
+    name = str(dtype).removeprefix("torch.")
+    return hardware.peak_flops(torch.cuda.get_device_name(device), name)
+
+
+class MetricsFile:
+    """A JSON-lines file of a run: one line a step or event, readable while the run goes on.
+
+    Args:
+        path: The file; its folder is made if it is missing.
+        next_step: Lines of this step and later ones are dropped first: a resumed run writes them again.
+
+    Raises:
+        DataError: If the file exists and is not such a file.
+    """
+
+    def __init__(self, path: str | Path, *, next_step: int = 0) -> None:
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [line for line in read_metrics(self.path) if line.get("step", -1) < next_step] if next_step else []
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        temporary.replace(self.path)
+
+    def write(self, event: str, step: int, **fields: Any) -> None:
+        """Append one line; numbers that are not finite become null."""
+        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in fields.items()}
+        line = json.dumps({"event": event, "step": step, "time": round(time.time(), 3), **clean})
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+    def write_step(self, metrics: StepMetrics) -> None:
+        """Append a finished step."""
+        fields = asdict(metrics)
+        self.write("step", fields.pop("index"), **fields)
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """Return the lines of a metrics file; a last line cut off by a crash is left out.
+
+    Raises:
+        DataError: If another line is not a JSON object.
+    """
+    path = Path(path)
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    records = []
+    for number, line in enumerate(lines, start=1):
+        if not line:
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            if number == len(lines):
+                break
+            raise DataError(f"{path} line {number} is not JSON; it is not a metrics file or was damaged.") from None
+        if not isinstance(record, dict):
+            raise DataError(f"{path} line {number} is not a JSON object; it is not a metrics file.")
+        records.append(record)
+    return records
+
+
+class Stopwatch:
+    """Add up the seconds between `start` and `stop`."""
+
+    def __init__(self, elapsed: float = 0.0) -> None:
+        self.elapsed = elapsed
+        self._started = 0.0
+
+    def start(self) -> Self:
+        """Begin a lap."""
+        self._started = time.perf_counter()
+        return self
+
+    def stop(self) -> float:
+        """End the lap and return its seconds."""
+        lap = time.perf_counter() - self._started
+        self.elapsed += lap
+        return lap

@@ -1,0 +1,8 @@
+"""The GPT model and the config that names a standard one."""
+
+from tinygpt.model._config import GPTConfig as GPTConfig
+from tinygpt.model._gpt import GPT as GPT
+from tinygpt.model._gpt import ParameterCounts as ParameterCounts
+from tinygpt.model._parts import PartFactory as PartFactory
+
+__all__ = ["GPT", "GPTConfig", "ParameterCounts", "PartFactory"]

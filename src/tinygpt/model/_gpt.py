@@ -1,0 +1,374 @@
+"""The GPT: parts put together."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import torch
+from torch import Tensor, nn
+
+from tinygpt import hub
+from tinygpt.errors import ConfigError
+from tinygpt.layers import Backout, CausalSelfAttention, KVCache, LayerCache, LMHead, RMSNorm, Smear, TokenEmbedding
+from tinygpt.model._config import GPTConfig
+from tinygpt.model._files import WEIGHTS_FILE, read_config, read_weights, write_model
+from tinygpt.model._parts import PartFactory, StandardAttention, standard_block, standard_mlp
+
+
+class ParameterCounts(NamedTuple):
+    """Number of parameters by role."""
+
+    token_embedding: int
+    value_embeddings: int
+    head: int
+    matrices: int
+    scalars: int
+
+    @property
+    def total(self) -> int:
+        """All parameters."""
+        return sum(self)
+
+
+class GPT(nn.Module):
+    """Embedding, blocks and head in a row. Give the parts yourself, or take `GPT.from_config`.
+
+    Args:
+        embedding: `(batch, seq)` token ids -> `(batch, seq, dim)`.
+        blocks: Each called as `block(x, x0=..., token_ids=..., cache=...)`.
+        head: `(batch, seq, dim)` -> logits; with a method `loss(x, targets)` as `LMHead` has for training
+            without full logits.
+        embedding_norm: Applied to the embedding; `None` for nothing.
+        smear: Applied after that, called as `smear(x, previous=...)`; `None` for nothing.
+        backout: Called as `backout(x, middle)` after the last block, where `middle` left block `len(blocks) // 2`.
+        final_norm: Applied before the head; `None` for nothing.
+        config: What `save_pretrained` writes next to the weights.
+        max_seq_len: Longest sequence the parts take, used by `new_cache`; `None` takes it from the config.
+
+    Raises:
+        ConfigError: If there are no blocks.
+
+    Example:
+        ```python
+        import torch
+        from tinygpt import GPT, GPTConfig
+
+        model = GPT.from_config(GPTConfig.from_depth(2, vocab_size=257, max_seq_len=128))
+        logits = model(torch.tensor([[256, 72, 105]]))  # (batch, seq) -> (batch, seq, vocab)
+        ```
+    """
+
+    def __init__(
+        self,
+        *,
+        embedding: nn.Module,
+        blocks: Sequence[nn.Module],
+        head: nn.Module,
+        embedding_norm: nn.Module | None = None,
+        smear: nn.Module | None = None,
+        backout: nn.Module | None = None,
+        final_norm: nn.Module | None = None,
+        config: GPTConfig | None = None,
+        max_seq_len: int | None = None,
+    ) -> None:
+        super().__init__()
+        if not blocks:
+            raise ConfigError("GPT needs at least one block.")
+        self.config = config
+        self.max_seq_len = config.max_seq_len if max_seq_len is None and config is not None else max_seq_len
+        self.compute_dtype: torch.dtype | None = None
+        self.embedding = embedding
+        self.embedding_norm = embedding_norm
+        self.smear = smear
+        self.blocks = nn.ModuleList(blocks)
+        self.backout = backout
+        self.final_norm = final_norm
+        self.head = head
+
+    @classmethod
+    def from_config(
+        cls,
+        config: GPTConfig,
+        *,
+        mlp: PartFactory | None = None,
+        attention: PartFactory | None = None,
+        block: PartFactory | None = None,
+    ) -> Self:
+        """Build the standard model, or one with parts of your own.
+
+        Args:
+            config: The numbers.
+            mlp: Builds the feed-forward layer of layer `i`: `f(x) -> x`.
+            attention: Builds the attention of layer `i`: `f(x, *, token_ids, cache=None) -> x`.
+            block: Builds the whole of block `i`: `f(x, *, x0, token_ids, cache=None) -> x`; not together with the two.
+
+        Raises:
+            ConfigError: If `block` is given together with `mlp` or `attention`.
+
+        Example:
+            ```python
+            from tinygpt import GPT, GPTConfig
+            from tinygpt.layers import SwiGLU
+
+            config = GPTConfig.from_depth(2, vocab_size=257, max_seq_len=128)
+            model = GPT.from_config(config, mlp=lambda config, layer: SwiGLU(config.dim, 2 * config.dim))
+            ```
+        """
+        if block is not None and (mlp is not None or attention is not None):
+            raise ConfigError("give either block, which builds the whole block, or mlp and attention, not both.")
+        # Parts are made in the order in which init_weights visits them, so both draw the same weights from one seed.
+        embedding = TokenEmbedding(config.padded_vocab_size, config.dim)
+        smear = Smear(config.dim, gate_channels=min(24, config.dim)) if config.smear else None
+        make_attention = attention or StandardAttention(config)
+        make_mlp = mlp or standard_mlp
+
+        def make_block(config: GPTConfig, layer: int) -> nn.Module:
+            if block is not None:
+                return block(config, layer)
+            return standard_block(config, layer, make_attention(config, layer), make_mlp(config, layer))
+
+        return cls(
+            embedding=embedding,
+            embedding_norm=RMSNorm(config.dim, weight=config.norm_weight) if config.embedding_norm else None,
+            smear=smear,
+            blocks=[make_block(config, layer) for layer in range(config.num_layers)],
+            backout=Backout() if config.backout else None,
+            final_norm=RMSNorm(config.dim, weight=config.norm_weight),
+            head=LMHead(
+                config.dim,
+                config.vocab_size,
+                padded_vocab_size=config.padded_vocab_size,
+                soft_cap=config.soft_cap,
+            ),
+            config=config,
+        )
+
+    def forward(self, token_ids: Tensor, *, cache: KVCache | None = None) -> Tensor:
+        """Return the logits of the next token at every position.
+
+        Args:
+            token_ids: `(batch, seq)` integers.
+            cache: What was read before; `token_ids` continue it and are added to it.
+
+        Returns:
+            `(batch, seq, vocab)` float32.
+
+        Raises:
+            ConfigError: If the ids have another shape or dtype, lie outside the table or are too many.
+        """
+        return self.head(self.hidden_states(token_ids, cache=cache))
+
+    def hidden_states(self, token_ids: Tensor, *, cache: KVCache | None = None) -> Tensor:
+        """Return what enters the head: `(batch, seq)` -> `(batch, seq, dim)`; arguments as in `forward`."""
+        self._check_token_ids(token_ids)
+        x = self.embedding(token_ids)
+        if self.compute_dtype is not None:
+            x = x.to(self.compute_dtype)
+        if self.embedding_norm is not None:
+            x = self.embedding_norm(x)
+        if self.smear is not None:
+            previous = None
+            if cache is not None:
+                previous, cache.last_embedding = cache.last_embedding, x[:, -1:].clone()
+            x = self.smear(x, previous=previous)
+        x0 = middle = x
+        for index, block in enumerate(self.blocks):
+            layer_cache = None if cache is None else cache.layers[index]
+            x = block(x, x0=x0, token_ids=token_ids, cache=layer_cache)
+            if index == len(self.blocks) // 2:
+                middle = x
+        if self.backout is not None:
+            x = self.backout(x, middle)
+        return x if self.final_norm is None else self.final_norm(x)
+
+    def loss(self, token_ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Return summed next-token loss in nats and number of targets, without full logits; see `LMHead.loss`."""
+        return self._head_with("loss").loss(self.hidden_states(token_ids), targets)
+
+    @torch.no_grad()
+    def token_losses(self, token_ids: Tensor, targets: Tensor) -> Tensor:
+        """Return the loss of every target in nats, without gradients: `(batch, seq)` float32."""
+        return self._head_with("token_losses").token_losses(self.hidden_states(token_ids), targets)
+
+    def new_cache(self, batch: int, *, max_seq_len: int | None = None) -> KVCache:
+        """Return an empty cache for this many rows, on the model's device and in its compute dtype.
+
+        Args:
+            batch: Rows.
+            max_seq_len: Positions that fit; `None` for as many as the model takes.
+
+        Raises:
+            ConfigError: If an attention does not tell `num_kv_heads` and `head_dim`, or no length is known.
+        """
+        length = max_seq_len or self.max_seq_len
+        if length is None:
+            raise ConfigError("this GPT has no config: give new_cache the max_seq_len that your parts take.")
+        weight = next(self.embedding.parameters())
+        layers = []
+        for index, block in enumerate(self.blocks):
+            attention = getattr(block, "attention", block)
+            if not (hasattr(attention, "num_kv_heads") and hasattr(attention, "head_dim")):
+                raise ConfigError(
+                    f"block {index} has no attention with num_kv_heads and head_dim: build its KVCache yourself."
+                )
+            layers.append(
+                LayerCache(
+                    batch,
+                    attention.num_kv_heads,
+                    length,
+                    attention.head_dim,
+                    device=weight.device,
+                    dtype=self.compute_dtype or weight.dtype,
+                )
+            )
+        return KVCache(layers)
+
+    def set_compute_dtype(self, dtype: torch.dtype | None, *, embeddings: bool = False) -> Self:
+        """Set the dtype of activations; matrix products follow it, master weights stay as they are.
+
+        Args:
+            dtype: Usually `torch.bfloat16`; `None` for the dtype of the embedding table.
+            embeddings: Whether to store the token tables in it as well, which halves their memory.
+
+        Raises:
+            ConfigError: If `dtype` is not a floating-point dtype.
+        """
+        if dtype is not None and not dtype.is_floating_point:
+            raise ConfigError(f"compute dtype {dtype} is not a floating-point dtype; use torch.bfloat16 or float32.")
+        self.compute_dtype = dtype
+        if embeddings and dtype is not None:
+            for module in self.modules():
+                if isinstance(module, nn.Embedding):
+                    module.to(dtype)
+        return self
+
+    def num_parameters(self) -> ParameterCounts:
+        """Count parameters by role; a tied one counts once, in the role that comes first.
+
+        Matrices are weights of two or more axes, gates of value embeddings included; scalars all the rest and the
+        smear with its gate.
+        """
+        counts = dict.fromkeys(ParameterCounts._fields, 0)
+        for name, parameter in self.named_parameters():
+            counts[self._role(name, parameter)] += parameter.numel()
+        return ParameterCounts(**counts)
+
+    def flops_per_token(self, seq_len: int | None = None) -> int:
+        """Return training FLOPs a token: 6 x parameters of matrix products, plus attention with its windows.
+
+        Args:
+            seq_len: Length of the sequences; `None` for `max_seq_len`.
+
+        References:
+            Appendix B of [PaLM](https://arxiv.org/abs/2204.02311), 2022.
+        """
+        length = seq_len or self.max_seq_len
+        if length is None:
+            raise ConfigError("this GPT has no config: give flops_per_token the seq_len you train with.")
+        products = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
+        attention = sum(m.flops_per_token(length) for m in self.modules() if isinstance(m, CausalSelfAttention))
+        return 6 * products + attention
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write `config.json` and `model.safetensors`; existing ones are replaced only when the new ones are whole.
+
+        Raises:
+            ConfigError: If the model was assembled without a config.
+        """
+        if self.config is None:
+            raise ConfigError("this GPT was assembled without a config: give GPT(config=...) to save it.")
+        write_model(Path(folder), self.config, self.state_dict())
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path,
+        *,
+        revision: str | None = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        token: str | None = None,
+        **parts: PartFactory,
+    ) -> Self:
+        """Load a model from a folder or from the Hugging Face Hub; every weight must be there, and no other.
+
+        Args:
+            name_or_path: A folder that `save_pretrained` or a checkpoint wrote, or `user/repository`.
+            revision: Branch, tag or commit of the repository.
+            device: Where to put the weights.
+            dtype: Cast the weights; `None` keeps what was saved.
+            cache_dir: Where downloads are kept.
+            local_files_only: Never ask the network.
+            token: Access token for a private repository.
+            **parts: The factories the model was built with, as for `from_config`.
+
+        Raises:
+            HubError: If it is neither a folder nor a repository that can be read.
+            CheckpointError: If a file is missing or damaged, or names or shapes do not fit.
+        """
+        folder = hub.resolve(
+            name_or_path, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token
+        )
+        config = read_config(folder)
+        with torch.device("meta"):
+            model = cls.from_config(config, **parts)
+        weights = read_weights(folder / WEIGHTS_FILE, {name: t.shape for name, t in model.state_dict().items()})
+        model.to_empty(device=device)
+        for module in model.modules():
+            # Tables that are not saved, such as those of the rotary embedding, are computed again.
+            if any(name not in module.state_dict() for name, _ in module.named_buffers(recurse=False)):
+                getattr(module, "reset_parameters", lambda: None)()
+        for name, parameter in model.named_parameters():
+            parameter.data = parameter.data.to(dtype or weights[name].dtype)
+        model.load_state_dict(weights, strict=True)
+        return model
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        folder: str | Path,
+        private: bool = False,
+        branch: str | None = None,
+        commit_message: str | None = None,
+        token: str | None = None,
+    ) -> str:
+        """Save into `folder` and upload it; return the address of the commit.
+
+        Raises:
+            ConfigError: If the model was assembled without a config.
+            HubError: If the upload fails after bounded retries.
+        """
+        self.save_pretrained(folder)
+        return hub.upload_folder(
+            Path(folder), repo_id, private=private, branch=branch, commit_message=commit_message, token=token
+        )
+
+    def _head_with(self, method: str) -> Any:
+        if not hasattr(self.head, method):
+            raise ConfigError(f"the head {type(self.head).__name__} has no {method}(); LMHead has.")
+        return self.head
+
+    def _role(self, name: str, parameter: nn.Parameter) -> str:
+        owner = self.get_submodule(name.rpartition(".")[0])
+        if isinstance(owner, nn.Embedding):
+            return "token_embedding" if owner is self.embedding else "value_embeddings"
+        if name.startswith("head."):
+            return "head"
+        return "matrices" if parameter.ndim >= 2 and not name.startswith("smear.") else "scalars"
+
+    def _check_token_ids(self, token_ids: Tensor) -> None:
+        if token_ids.ndim != 2 or token_ids.dtype not in (torch.int64, torch.int32):
+            raise ConfigError(
+                f"token ids must be integers of shape (batch, seq), got {token_ids.dtype} of {tuple(token_ids.shape)}."
+            )
+        if token_ids.shape[1] < 1 or (self.max_seq_len is not None and token_ids.shape[1] > self.max_seq_len):
+            raise ConfigError(f"got {token_ids.shape[1]} tokens; this model takes 1 to {self.max_seq_len}.")
+        # Reading the extremes would make a GPU wait, where a bad id stops in a device assertion anyway.
+        if token_ids.device.type == "cpu" and self.config is not None and not torch.compiler.is_compiling():
+            lowest, highest = token_ids.aminmax()
+            if lowest < 0 or highest >= self.config.vocab_size:
+                wrong = int(lowest if lowest < 0 else highest)
+                raise ConfigError(f"token id {wrong} lies outside the vocabulary of {self.config.vocab_size}.")

@@ -1,0 +1,57 @@
+"""From the config's numbers to the standard parts."""
+
+from collections.abc import Callable
+
+from torch import nn
+
+from tinygpt.layers import Block, CausalSelfAttention, ReluSquaredMLP, RotaryEmbedding, ValueEmbedding
+from tinygpt.model._config import GPTConfig
+
+PartFactory = Callable[[GPTConfig, int], nn.Module]
+"""Builds one part of one layer from the config and the index of the layer, counted from 0."""
+
+
+def standard_mlp(config: GPTConfig, layer: int) -> nn.Module:
+    """Build the feed-forward layer of the config; it is the same in every layer."""
+    return ReluSquaredMLP(config.dim, config.hidden_dim or 4 * config.dim)
+
+
+def standard_block(config: GPTConfig, layer: int, attention: nn.Module, mlp: nn.Module) -> nn.Module:
+    """Build the block around attention and mlp; its two scalars change linearly with depth, as in nanochat."""
+    depth = layer / max(config.num_layers - 1, 1)
+    return Block(
+        config.dim,
+        attention,
+        mlp,
+        norm_weight=config.norm_weight,
+        residual_scale=1.15 - 0.10 * depth if config.residual_scales else None,
+        x0_scale=0.20 - 0.15 * depth if config.x0_scales else None,
+    )
+
+
+class StandardAttention:
+    """Factory of the config's attention; the rotary embedding is made once and shared by all layers."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        self._rope: RotaryEmbedding | None = None
+        if config.rotary:
+            self._rope = RotaryEmbedding(
+                config.head_dim, config.max_seq_len, base=config.rope_base, clockwise=config.rope_clockwise
+            )
+
+    def __call__(self, config: GPTConfig, layer: int) -> nn.Module:
+        num_kv_heads = config.num_kv_heads or config.num_heads
+        table = None
+        if config.has_value_embedding(layer):
+            table = ValueEmbedding(config.padded_vocab_size, num_kv_heads * config.head_dim, std=config.dim**-0.5)
+        return CausalSelfAttention(
+            config.dim,
+            config.num_heads,
+            num_kv_heads=num_kv_heads,
+            rope=self._rope,
+            window_tokens=config.window_tokens(layer),
+            qk_norm=config.qk_norm,
+            qk_scale=config.qk_scale,
+            value_embedding=table,
+            value_gate_channels=min(12, config.dim),
+        )

@@ -1,0 +1,96 @@
+"""Optimizer state as it is saved: keyed by parameter name, whatever the grouping or stacking."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tinygpt.errors import CheckpointError
+
+VERSION = 1
+
+Group = dict[str, Any]
+
+
+def state_dtype(param: Tensor) -> torch.dtype:
+    """Return the dtype of a parameter's moments: its own, and at least float32."""
+    return torch.promote_types(param.dtype, torch.float32)
+
+
+def state_shapes(kind: str, param: Tensor) -> dict[str, tuple[int, ...]]:
+    """Return the name and shape of every state tensor of a parameter."""
+    shape = tuple(param.shape)
+    if kind == "adamw":
+        return {"exp_avg": shape, "exp_avg_sq": shape}
+    rows, cols = shape
+    return {"momentum": shape, "second_moment": (rows, 1) if rows >= cols else (1, cols)}
+
+
+def matching_groups(groups: list[Group], state_dict: dict[str, Any]) -> list[Group]:
+    """Return for each of `groups` the saved group with the same parameters, after checking the whole state.
+
+    Raises:
+        CheckpointError: If the state does not fit the groups; the message lists the names.
+    """
+    version = state_dict.get("version")
+    if version != VERSION:
+        hint = "it looks like the state of another optimizer" if version is None else "update tinygpt to read it"
+        raise CheckpointError(f"optimizer state has version {version!r}, this tinygpt reads version {VERSION}: {hint}.")
+    state: dict[str, dict[str, Any]] = state_dict["state"]
+    saved_groups: list[Group] = state_dict["param_groups"]
+    owned = {name for group in groups for name in group["param_names"]}
+    grouped = {name for group in saved_groups for name in group["params"]}
+    for saved in (set(state), grouped):
+        _check_names(owned, saved)
+    matched = [_match(group, saved_groups) for group in groups]
+    for group in groups:
+        for name, param in zip(group["param_names"], group["params"], strict=True):
+            _check_entry(name, group["kind"], param, state[name])
+    return matched
+
+
+def _check_names(owned: set[str], saved: set[str]) -> None:
+    problems = [
+        f"{title}: {', '.join(sorted(names))}"
+        for title, names in (("missing from the state", owned - saved), ("unknown to the optimizer", saved - owned))
+        if names
+    ]
+    if problems:
+        raise CheckpointError(f"optimizer state is of another model; {'; '.join(problems)}.")
+
+
+def _match(group: Group, saved_groups: list[Group]) -> Group:
+    """Find the saved group with the parameters of `group`, in any order."""
+    names = set(group["param_names"])
+    for saved in saved_groups:
+        if set(saved["params"]) != names:
+            continue
+        if saved["kind"] != group["kind"]:
+            raise CheckpointError(
+                f"the saved group is of kind {saved['kind']!r}, the optimizer's of kind {group['kind']!r}: "
+                f"{', '.join(sorted(names))}. Build the optimizer with the rules it was saved with."
+            )
+        return saved
+    raise CheckpointError(
+        f"the state was saved with other groups; none holds exactly {', '.join(sorted(names))}. "
+        "Build the optimizer with the rules it was saved with."
+    )
+
+
+def _check_entry(name: str, kind: str, param: Tensor, entry: dict[str, Any]) -> None:
+    step = entry.get("step")
+    if not isinstance(step, int) or step < 0:
+        raise CheckpointError(f"optimizer state of {name!r} has step={step!r}; it must be an integer from 0.")
+    expected = state_shapes(kind, param) if step > 0 else {}
+    tensors = {key: value for key, value in entry.items() if key != "step"}
+    if set(tensors) != set(expected):
+        raise CheckpointError(
+            f"optimizer state of {name!r} at step {step} holds {sorted(tensors)}, it must hold {sorted(expected)}."
+        )
+    for key, shape in expected.items():
+        given = tensors[key]
+        if tuple(given.shape) != shape or given.dtype != state_dtype(param):
+            raise CheckpointError(
+                f"optimizer state {key!r} of {name!r} is {given.dtype} {tuple(given.shape)}, "
+                f"it must be {state_dtype(param)} {shape}."
+            )

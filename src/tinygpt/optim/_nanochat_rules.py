@@ -1,0 +1,94 @@
+"""The groups of the documented run."""
+
+from typing import Any
+
+from tinygpt.errors import ConfigError
+from tinygpt.optim._param_groups import Rule
+
+# Recorded from nanochat. Its eps is small enough to make an AdamW update independent of the gradient's scale.
+_EPS = 1e-10
+_SMEAR_AND_BACKOUT_LR = 0.2
+
+
+def nanochat_rules(
+    *,
+    model_dim: int,
+    batch_lr_scale: float = 1.0,
+    matrix_lr: float = 0.02,
+    embedding_lr: float = 0.3,
+    unembedding_lr: float = 0.008,
+    scalar_lr: float = 0.5,
+    weight_decay: float = 0.28,
+    row_equilibration: bool = False,
+    norm_renormalization: bool = False,
+) -> list[Rule]:
+    """Build the rules for the parameter names of [`tinygpt.GPT`][tinygpt.GPT], with nanochat's settings.
+
+    All rules are optional, so a model with features switched off passes; a parameter they do not know is an error of
+    [`param_groups`][tinygpt.optim.param_groups].
+
+    Args:
+        model_dim: Width of the residual stream. Rates of embeddings and head are multiplied by
+            `(model_dim / 768) ** -0.5`.
+        batch_lr_scale: Factor on all rates but the fixed ones of smear and backout (0.2), for a batch that is not
+            the reference one: [`lr_factor`][tinygpt.scaling.lr_factor].
+        matrix_lr: Rate of the matrices (Muon), the gates of the value embeddings among them.
+        embedding_lr: Rate of the token embedding; value embeddings take half of it.
+        unembedding_lr: Rate of the head.
+        scalar_lr: Rate of the x0 scales. Residual scales and learned norm weights, which start near one and multiply
+            the whole stream, take a hundredth of it.
+        weight_decay: Cautious weight decay of the matrices.
+        row_equilibration: As in [`MuonAdamW`][tinygpt.optim.MuonAdamW]; off in the documented run.
+        norm_renormalization: As in [`MuonAdamW`][tinygpt.optim.MuonAdamW]; off in the documented run.
+
+    Returns:
+        The rules, first match wins.
+
+    Raises:
+        ConfigError: If `model_dim` is not positive.
+
+    Example:
+        ```python
+        optimizer = MuonAdamW(param_groups(model, nanochat_rules(model_dim=768)))
+        ```
+    """
+    if model_dim <= 0:
+        raise ConfigError(f"model_dim={model_dim} must be positive.")
+    width_scale = batch_lr_scale * (model_dim / 768) ** -0.5
+    embedding = embedding_lr * width_scale
+    scalar = scalar_lr * batch_lr_scale
+    muon = {
+        "lr": matrix_lr * batch_lr_scale,
+        "momentum": 0.95,
+        "beta2": 0.9,
+        "weight_decay": weight_decay,
+        "row_equilibration": row_equilibration,
+        "norm_renormalization": norm_renormalization,
+    }
+    matrices = (
+        "blocks.*.attention.?_proj.weight",
+        "blocks.*.mlp.*_proj.weight",
+        "blocks.*.attention.value_gate.weight",
+    )
+    return [
+        _adamw("head.weight", unembedding_lr * width_scale, (0.8, 0.96), 0.01),
+        _adamw("embedding.weight", embedding, (0.8, 0.995), 0.001),
+        _adamw("blocks.*.attention.value_embedding.weight", embedding * 0.5, (0.8, 0.995), 0.01),
+        _adamw("blocks.*.residual_scale", scalar * 0.01, (0.8, 0.95), 0.05),
+        _adamw("blocks.*.x0_scale", scalar, (0.96, 0.95), 0.0),
+        _adamw(("smear.gate.weight", "smear.scale", "backout.scale"), _SMEAR_AND_BACKOUT_LR, (0.8, 0.95), 0.0),
+        # nanochat has no learned norms; decaying a gain would pull it to zero.
+        _adamw("*norm.weight", scalar * 0.01, (0.8, 0.95), 0.0, ndim=1),
+        Rule(matrices, kind="muon", options=muon, ndim=2, optional=True),
+    ]
+
+
+def _adamw(
+    pattern: str | tuple[str, ...],
+    lr: float,
+    betas: tuple[float, float],
+    weight_decay: float,
+    ndim: int | None = None,
+) -> Rule:
+    options: dict[str, Any] = {"lr": lr, "betas": betas, "eps": _EPS, "weight_decay": weight_decay}
+    return Rule(pattern, kind="adamw", options=options, ndim=ndim, optional=True)

@@ -1,0 +1,77 @@
+"""Orthogonalization by matrix products only."""
+
+import torch
+from torch import Tensor
+
+from tinygpt.errors import ConfigError
+
+# One (a, b, c) per iteration of X <- a X + b (X X^T) X + c (X X^T)^2 X: the minimax polynomials of the Polar Express
+# paper for singular values in [1e-3, 1] and five iterations, with its safety factor, as published there.
+_COEFFICIENTS = (
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+
+
+def orthogonalize(matrices: Tensor, *, steps: int = 5, dtype: torch.dtype | None = None) -> Tensor:
+    """Move every singular value of each matrix close to one, keeping the singular vectors.
+
+    For `X = U diag(s) V^T` this approximates the polar factor `U V^T` with products alone, which is what a GPU is
+    good at. After five steps every singular value of at least a thousandth of the Frobenius norm lies between 0.85
+    and 1.15; smaller ones end lower, and a zero matrix stays zero.
+
+    Args:
+        matrices: Stack of matrices, `(..., rows, cols)`. Not changed.
+        steps: Number of iterations, one to five. Fewer are cheaper and rougher.
+        dtype: Type of the products. By default what the device multiplies fast: bfloat16 on a CUDA device of
+            compute capability 8 or newer, float32 elsewhere, since a CPU without bfloat16 units is 20 to 40 times
+            slower in it; float64 input stays float64.
+
+    Returns:
+        A new tensor `(..., rows, cols)` of the dtype of `matrices`.
+
+    Raises:
+        ConfigError: If `matrices` has fewer than two axes or `steps` is not between one and five.
+
+    References:
+        Amsel et al., [The Polar Express](https://arxiv.org/abs/2505.16932), 2025. As there, the input is divided by
+        slightly more than its Frobenius norm; the products run on the smaller Gram matrix.
+
+    Example:
+        ```python
+        update = orthogonalize(torch.randn(4, 64, 256))
+        ```
+    """
+    if matrices.ndim < 2:
+        raise ConfigError(
+            f"orthogonalize got a tensor of shape {tuple(matrices.shape)}; it needs (..., rows, cols). "
+            "Give vectors and scalars to AdamW."
+        )
+    if not 1 <= steps <= len(_COEFFICIENTS):
+        raise ConfigError(f"steps={steps} is not possible; choose 1 to {len(_COEFFICIENTS)}.")
+    rows, cols = matrices.shape[-2:]
+    stack = matrices.reshape(-1, rows, cols)
+    # The norm is taken in the input's precision, before any rounding to a narrower dtype.
+    norm: Tensor = stack.norm(dim=(-2, -1), keepdim=True)
+    x = (stack / (norm * 1.01 + 1e-6)).to(dtype or fast_dtype(matrices))
+    for a, b, c in _COEFFICIENTS[:steps]:
+        # baddbmm folds the sum into the product: 150 instead of 90 GFLOP/s on two CPU cores.
+        if rows > cols:
+            gram = x.mT @ x
+            x = torch.baddbmm(x, x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), beta=a)
+        else:
+            gram = x @ x.mT
+            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.to(matrices.dtype).reshape(matrices.shape)
+
+
+def fast_dtype(tensor: Tensor) -> torch.dtype:
+    """Return the dtype in which the device of `tensor` multiplies matrices fast enough and precisely enough."""
+    if tensor.dtype == torch.float64:
+        return torch.float64
+    if tensor.device.type == "cuda" and torch.cuda.get_device_capability(tensor.device) >= (8, 0):
+        return torch.bfloat16
+    return torch.float32

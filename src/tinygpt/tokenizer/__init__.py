@@ -1,0 +1,21 @@
+"""Text to token ids and back: a byte tokenizer that needs nothing and a trainable byte-pair encoding.
+
+Anything with the methods of `Tokenizer` works wherever a tokenizer is asked for; no base class is needed.
+"""
+
+from tinygpt.tokenizer._base import BOS_TOKEN as BOS_TOKEN, CHAT_TOKENS as CHAT_TOKENS, Tokenizer as Tokenizer
+from tinygpt.tokenizer._bpe import SPLIT_PATTERN as SPLIT_PATTERN, BPETokenizer as BPETokenizer
+from tinygpt.tokenizer._bytes import ByteTokenizer as ByteTokenizer
+from tinygpt.tokenizer._load import load_tokenizer as load_tokenizer
+from tinygpt.tokenizer._train import train_bpe as train_bpe
+
+__all__ = [
+    "BOS_TOKEN",
+    "CHAT_TOKENS",
+    "SPLIT_PATTERN",
+    "BPETokenizer",
+    "ByteTokenizer",
+    "Tokenizer",
+    "load_tokenizer",
+    "train_bpe",
+]

@@ -1,0 +1,72 @@
+"""Training a byte-pair encoding."""
+
+from collections.abc import Iterable, Iterator
+
+from tinygpt.errors import ConfigError, DataError, MissingDependencyError
+from tinygpt.tokenizer._base import BOS_TOKEN, CHAT_TOKENS, utf8
+from tinygpt.tokenizer._bpe import SPLIT_PATTERN, BPETokenizer
+
+
+def train_bpe(texts: Iterable[str], *, vocab_size: int, pattern: str = SPLIT_PATTERN) -> BPETokenizer:
+    """Learn a byte-pair encoding from texts, with rustbpe.
+
+    The same texts give the same tokenizer, whatever the number of threads.
+
+    Args:
+        texts: Documents; read once, so a generator over a large corpus is fine.
+        vocab_size: Number of token ids wanted, the 256 bytes and 9 special tokens included.
+        pattern: Regular expression that cuts text before merging; merges never cross a cut.
+
+    Returns:
+        A tokenizer with exactly `vocab_size` ids.
+
+    Raises:
+        MissingDependencyError: If rustbpe is not installed.
+        ConfigError: If `vocab_size` has no room for the bytes and the special tokens.
+        DataError: If the texts are too small for `vocab_size` merges, one is not usable text, or the pattern is not.
+
+    References:
+        [rustbpe](https://github.com/karpathy/rustbpe); Sennrich et al.,
+        [Neural Machine Translation of Rare Words with Subword Units](https://arxiv.org/abs/1508.07909), 2016.
+
+    Example:
+        ```python
+        from tinygpt.data import embedded_corpus
+        from tinygpt.tokenizer import train_bpe
+
+        texts = (text for text, _ in embedded_corpus("train").read())
+        tokenizer = train_bpe(texts, vocab_size=4096)
+        ```
+    """
+    try:
+        import rustbpe
+    except ImportError:
+        raise MissingDependencyError('training a tokenizer needs rustbpe: pip install "tinygpt[tokenizer]".') from None
+    if isinstance(texts, str):
+        raise DataError("texts is one str and would be read letter by letter; give a list of texts: [text].")
+    special_tokens = (BOS_TOKEN, *CHAT_TOKENS)
+    smallest = 256 + len(special_tokens)
+    if vocab_size < smallest:
+        raise ConfigError(
+            f"vocab_size={vocab_size} has no room for 256 bytes and {len(special_tokens)} special tokens; "
+            f"choose {smallest} or more."
+        )
+    # Building the tokenizer with no merges checks the pattern before the long part.
+    BPETokenizer({bytes([byte]): byte for byte in range(256)}, pattern=pattern, special_tokens=special_tokens)
+    trainer = rustbpe.Tokenizer()
+    trainer.train_from_iterator(_checked(texts), vocab_size=vocab_size - len(special_tokens), pattern=pattern)
+    ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
+    reached = len(ranks) + len(special_tokens)
+    if reached < vocab_size:
+        raise DataError(
+            f"the texts are too small for vocab_size={vocab_size}: every merge they allow gives {reached} ids; "
+            f"give more text or choose vocab_size={reached} or less."
+        )
+    return BPETokenizer(ranks, pattern=pattern, special_tokens=special_tokens)
+
+
+def _checked(texts: Iterable[str]) -> Iterator[str]:
+    """Pass texts on, refusing what is not a string with a UTF-8 form."""
+    for text in texts:
+        utf8(text)
+        yield text

@@ -1,0 +1,11 @@
+"""The loop that trains any model on any loss, and its state."""
+
+from tinygpt.trainer._changes import Change as Change
+from tinygpt.trainer._changes import format_changes as format_changes
+from tinygpt.trainer._config import TrainerConfig as TrainerConfig
+from tinygpt.trainer._hooks import Hook as Hook
+from tinygpt.trainer._hooks import every as every
+from tinygpt.trainer._signals import Interrupted as Interrupted
+from tinygpt.trainer._trainer import Trainer as Trainer
+
+__all__ = ["Change", "Hook", "Interrupted", "Trainer", "TrainerConfig", "every", "format_changes"]

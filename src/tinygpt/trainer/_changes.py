@@ -1,0 +1,111 @@
+"""Comparing a run with the checkpoint it continues, before a single weight moves."""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tinygpt.errors import CheckpointError
+
+# Beyond these a resume stops unless the user accepts it. The schedules of one run differ by nothing at all here; the
+# jump that the documented run took unseen was a factor of 20 in learning rate and 0.07 in momentum.
+_MOST_FACTOR = 2.0
+_MOST_MOMENTUM = 0.02
+
+
+@dataclass(frozen=True)
+class Change:
+    """One thing that differs between a checkpoint and the run that continues it.
+
+    Attributes:
+        name: What differs.
+        was: What the checkpoint's run would have gone on with.
+        will_be: What this run goes on with.
+        topic: What to put into `accept` to go on: `"schedule"`, `"model"` or `"data"`; `None` for a harmless one.
+    """
+
+    name: str
+    was: Any
+    will_be: Any
+    topic: str | None = None
+
+    @property
+    def factor(self) -> float | None:
+        """New over old, for numbers."""
+        numbers = isinstance(self.was, int | float) and isinstance(self.will_be, int | float)
+        return self.will_be / self.was if numbers and self.was else None
+
+
+def compare_rates(was: Mapping[str, Mapping[str, float]], will_be: Mapping[str, Mapping[str, float]]) -> list[Change]:
+    """Compare the rates of the next step, group by group; equal changes of several groups make one entry."""
+    seen: dict[tuple[str, float | None], Change] = {}
+    for group in sorted(was.keys() | will_be.keys()):
+        old, new = was.get(group), will_be.get(group)
+        if old is None or new is None:
+            state = "absent" if old is None else "present", "absent" if new is None else "present"
+            seen[group, None] = Change(f"optimizer group {group}", *state, topic="schedule")
+            continue
+        for key in sorted(old.keys() | new.keys()):
+            a, b = old.get(key, 0.0), new.get(key, 0.0)
+            if a != b:
+                change = Change(f"{key} ({group})", a, b, "schedule" if _is_jump(key, a, b) else None)
+                factor = change.factor
+                seen.setdefault((key, None if factor is None else round(factor, 6)), change)
+    return list(seen.values())
+
+
+def compare_values(
+    was: Mapping[str, Any], will_be: Mapping[str, Any], *, prefix: str = "", topic: str | None = None
+) -> list[Change]:
+    """Compare two flat mappings entry by entry."""
+    return [
+        Change(prefix + key, was.get(key), will_be.get(key), topic)
+        for key in sorted(was.keys() | will_be.keys())
+        if was.get(key) != will_be.get(key)
+    ]
+
+
+def refuse_unaccepted(changes: list[Change], accept: Collection[str]) -> None:
+    """Raise `CheckpointError` with a table if something that matters differs and was not accepted."""
+    known = {"schedule", "model", "data"}
+    if unknown := sorted(set(accept) - known):
+        raise CheckpointError(f"accept={unknown} is not known; choose from {', '.join(sorted(known))}.")
+    refused = [change for change in changes if change.topic is not None and change.topic not in accept]
+    if not refused:
+        return
+    topics = sorted({str(change.topic) for change in refused})
+    ways = {
+        "schedule": "keep the schedule (and horizon) that the checkpoint was trained with",
+        "model": "build the model with the config of the checkpoint",
+        "data": "use the data, tokenizer and loader settings of the checkpoint",
+    }
+    raise CheckpointError(
+        "this run would go on differently from the checkpoint:\n"
+        + format_changes(refused)
+        + "\nEither "
+        + "; ".join(ways[topic] for topic in topics)
+        + f"; or accept it knowingly: accept={topics}."
+    )
+
+
+def format_changes(changes: list[Change]) -> str:
+    """Return the changes as a table: name, was, will be, factor."""
+    if not changes:
+        return "nothing changes"
+    rows = [("", "was", "will be", "factor")]
+    for change in changes:
+        factor = change.factor
+        rows.append((change.name, _short(change.was), _short(change.will_be), "" if factor is None else f"x {factor:.4g}"))
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def _is_jump(key: str, was: float, will_be: float) -> bool:
+    if key == "momentum":
+        return abs(will_be - was) > _MOST_MOMENTUM
+    low, high = sorted((abs(was), abs(will_be)))
+    return was * will_be < 0 or high > _MOST_FACTOR * low
+
+
+def _short(value: Any) -> str:
+    text = f"{value:.6g}" if isinstance(value, float) else str(value)
+    return text if len(text) <= 44 else text[:43] + "…"

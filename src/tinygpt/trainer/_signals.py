@@ -1,0 +1,57 @@
+"""Stopping between two steps when the user or the system asks."""
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+
+class Interrupted(SystemExit):
+    """Ends the program after SIGINT or SIGTERM, when the running step is done and its state is saved.
+
+    The exit status is 128 plus the signal's number, as shells report it.
+
+    Args:
+        signal_number: The signal.
+    """
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(128 + signal_number)
+
+
+class StopRequest:
+    """Which signal asked to stop, if any."""
+
+    def __init__(self) -> None:
+        self.signal_number: int | None = None
+
+
+@contextmanager
+def stop_on_signal() -> Iterator[StopRequest]:
+    """Note SIGINT and SIGTERM instead of dying; a second one acts as it did before.
+
+    Outside the main thread, where handlers cannot be set, signals keep their meaning.
+    """
+    request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            if handler is not None:  # None: set by code that is not Python, which cannot be set again from here
+                signal.signal(number, handler)
+
+    def note(number: int, frame: FrameType | None) -> None:
+        request.signal_number = number
+        restore()
+
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield request
+    finally:
+        if request.signal_number is None:
+            restore()

@@ -1,0 +1,233 @@
+"""Push and pull against a real HTTP server; the client runs in a fresh process, as its settings are read at import."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from hub_server import HubServer, serve_hub
+from tinygpt.errors import HubError
+from tinygpt.hub import resolve, upload_folder
+
+MODEL = {"config.json": b'{"dim": 8}\n', "model.safetensors": bytes(range(256)) * 40, "tokenizer.json": b"{}"}
+
+PRELUDE = """\
+import sys
+from pathlib import Path
+from tinygpt import hub
+from tinygpt.errors import HubError
+hub._FIRST_WAIT_SECONDS = 0.01
+folder = Path(sys.argv[1])
+"""
+
+
+@pytest.fixture
+def hub() -> Iterator[HubServer]:
+    with serve_hub() as server:
+        yield server
+
+
+def client(hub: HubServer, folder: Path, code: str) -> str:
+    """Run `code` as a user would, with the Hub at the server's address; return what it prints."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
+    environment |= {"HF_ENDPOINT": hub.url, "HF_TOKEN": "hf_test", "HF_HOME": str(folder / "home")}
+    environment["HF_HUB_DISABLE_PROGRESS_BARS"] = environment["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    done = subprocess.run(
+        [sys.executable, "-c", PRELUDE + code, str(folder)], env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def write_model(folder: Path) -> Path:
+    source = folder / "saved"
+    source.mkdir()
+    for name, data in MODEL.items():
+        (source / name).write_bytes(data)
+    return source
+
+
+def read(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_an_existing_folder_is_returned_as_it_is(tmp_path: Path) -> None:
+    assert resolve(tmp_path) == tmp_path
+    assert resolve(str(tmp_path)) == tmp_path
+
+
+def test_an_existing_folder_wins_over_a_repository_of_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "user" / "tiny").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert resolve("user/tiny") == Path("user/tiny")
+
+
+@pytest.mark.parametrize(
+    "name", ["./runs/d12", "runs/d12/step-000500", "/no/such/place", "~/nothing-here", "gpt2", "a/b/c", ""]
+)
+def test_what_is_neither_a_folder_nor_a_name_is_refused(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        HubError, match=r"neither an existing folder \(looked in .*\) nor a Hub name, which reads 'user/repo'"
+    ):
+        resolve(name)
+
+
+def test_a_missing_path_object_is_never_looked_up_on_the_hub(tmp_path: Path) -> None:
+    with pytest.raises(HubError, match="neither an existing folder"):
+        resolve(Path("user") / "tiny")
+
+
+def test_a_file_is_refused_with_the_name_of_its_folder(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(HubError, match=f"is a file; pass the folder that holds it: '{tmp_path}'"):
+        resolve(tmp_path / "model.safetensors")
+
+
+def test_uploading_needs_a_folder_and_a_full_name(tmp_path: Path) -> None:
+    with pytest.raises(HubError, match="'nowhere' is not an existing folder; save the model first"):
+        upload_folder("nowhere", "user/tiny")
+    with pytest.raises(HubError, match="'tiny' is not a Hub name; give 'user/repo'"):
+        upload_folder(tmp_path, "tiny")
+
+
+def test_what_is_uploaded_comes_back_byte_for_byte(hub: HubServer, tmp_path: Path) -> None:
+    (write_model(tmp_path) / ".model.safetensors.tmp").write_bytes(b"half")
+    code = """
+url = hub.upload_folder(folder / "saved", "user/tiny", private=True, commit_message="First")
+again = hub.upload_folder(folder / "saved", "user/tiny", branch="step-10")
+back = hub.resolve("user/tiny", revision="step-10", cache_dir=folder / "cache")
+print(url, again, back, sep="\\n")
+"""
+    url, again, back = client(hub, tmp_path, code).split()
+    repo = hub.repos["user/tiny"]
+    assert repo.private
+    assert url == f"{hub.url}/user/tiny/commit/{repo.branches['main']}"
+    assert again.startswith(f"{hub.url}/user/tiny/commit/")
+    assert set(repo.branches) == {"main", "step-10"}
+    assert set(repo.commits[repo.branches["main"]]) == {".gitattributes", *MODEL}
+    assert read(Path(back)) == MODEL
+
+
+def test_only_the_files_of_a_model_are_downloaded_unless_others_are_asked_for(hub: HubServer, tmp_path: Path) -> None:
+    extra = {"figure.png": b"png", "step-000500/optimizer.safetensors": b"large"}
+    hub.add("user/tiny", MODEL | extra)
+    code = """
+print(hub.resolve("user/tiny", cache_dir=folder / "a"))
+print(hub.resolve("user/tiny", cache_dir=folder / "b", allow_patterns=["step-*/*"]))
+"""
+    default, chosen = client(hub, tmp_path, code).split()
+    assert read(Path(default)) == MODEL
+    assert read(Path(chosen)) == {"step-000500/optimizer.safetensors": b"large"}
+
+
+def test_a_download_survives_two_server_errors(hub: HubServer, tmp_path: Path) -> None:
+    hub.add("user/tiny", MODEL)
+    hub.fail("GET", "/resolve/", status=503, times=2)
+    hub.fail("GET", "/api/models/", status=500, times=2)
+    back = client(hub, tmp_path, 'print(hub.resolve("user/tiny"))').strip()
+    assert read(Path(back)) == MODEL
+    assert hub.left_to_fail() == 0
+
+
+def test_an_upload_survives_two_server_errors(hub: HubServer, tmp_path: Path) -> None:
+    write_model(tmp_path)
+    hub.fail("POST", "/commit/", status=500, times=2)
+    hub.fail("POST", "/repos/create", status=503, times=2)
+    client(hub, tmp_path, 'hub.upload_folder(folder / "saved", "user/tiny")')
+    repo = hub.repos["user/tiny"]
+    assert MODEL.items() <= repo.commits[repo.branches["main"]].items()
+    assert hub.left_to_fail() == 0
+
+
+def test_a_hub_that_keeps_failing_ends_in_an_error_after_the_promised_tries(hub: HubServer, tmp_path: Path) -> None:
+    hub.add("user/tiny", MODEL)
+    hub.fail("GET", "/api/models/", status=500)
+    code = """
+try:
+    hub.resolve("user/tiny", retries=2)
+except HubError as error:
+    print(error)
+"""
+    assert "after 3 tries: the Hub answers with a server error (HTTP 500); try again later." in client(
+        hub, tmp_path, code
+    )
+    assert hub.count("GET", "/api/models/") == 3
+
+
+def test_waits_double_up_to_a_bound(hub: HubServer, tmp_path: Path) -> None:
+    hub.fail("GET", "/api/models/", status=502)
+    code = """
+waits = []
+hub.time.sleep = waits.append
+hub._FIRST_WAIT_SECONDS = 1.0
+try:
+    hub.resolve("user/tiny", retries=7)
+except HubError:
+    print(*waits)
+"""
+    assert client(hub, tmp_path, code).split() == ["1.0", "2.0", "4.0", "8.0", "16.0", "30.0", "30.0"]
+
+
+def test_refusals_are_not_repeated_and_say_what_to_do(hub: HubServer, tmp_path: Path) -> None:
+    hub.add("user/tiny", MODEL)
+    hub.add("user/open", MODEL)
+    hub.fail("GET", "/api/models/user/closed", status=403)
+    hub.fail("POST", "/api/models/user/tiny/", status=403)
+    write_model(tmp_path)
+    code = """
+def show(call):
+    try:
+        call()
+    except HubError as error:
+        print(error)
+
+show(lambda: hub.resolve("user/typo"))
+show(lambda: hub.resolve("user/tiny", revision="nope"))
+show(lambda: hub.resolve("user/closed"))
+show(lambda: hub.upload_folder(folder / "saved", "user/tiny"))
+show(lambda: hub.upload_folder(folder / "saved", "user/open", private=True))
+show(lambda: hub.resolve("user/tiny", local_files_only=True))
+"""
+    unknown, revision, closed, upload, public, uncached = client(hub, tmp_path, code).splitlines()
+    assert unknown == (
+        "No folder 'user/typo' exists, and downloading user/typo from the Hub failed: no such repository (HTTP 401); "
+        "check the name, or pass a token if it is private."
+    )
+    assert revision.endswith("the repository has no such revision; check the branch, tag or commit.")
+    assert "access denied (HTTP 403); pass token=" in closed
+    assert "Uploading" in upload
+    assert "access denied (HTTP 403); pass token=" in upload
+    assert "'user/open' exists and is public, but private=True was asked for" in public
+    assert len(hub.repos["user/open"].commits) == 1
+    assert "the local Hub cache has no complete copy of user/tiny" in uncached
+    assert "local_files_only=False" in uncached
+    assert hub.count("GET", "user/typo") == 1
+
+
+def test_after_a_download_the_cache_serves_without_requests(hub: HubServer, tmp_path: Path) -> None:
+    hub.add("user/tiny", MODEL)
+    first = client(hub, tmp_path, 'print(hub.resolve("user/tiny"))').strip()
+    seen = len(hub.requests)
+    second = client(hub, tmp_path, 'print(hub.resolve("user/tiny", local_files_only=True))').strip()
+    assert second == first
+    assert len(hub.requests) == seen
+
+
+def test_a_hub_that_is_not_there_is_named_as_unreachable(hub: HubServer, tmp_path: Path) -> None:
+    code = """
+try:
+    hub.resolve("user/tiny", retries=1)
+except HubError as error:
+    print(error)
+"""
+    with serve_hub() as gone:
+        pass
+    assert "after 2 tries: the Hub cannot be reached; check the network and HF_ENDPOINT." in client(
+        gone, tmp_path, code
+    )
