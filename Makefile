@@ -38,7 +38,7 @@ test: $(STAMP)
 check: $(STAMP)
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
-	$(VENV)/bin/mypy --strict src examples benchmarks
+	$(VENV)/bin/mypy src examples benchmarks
 	$(VENV)/bin/lint-imports
 	@code=$$(sed -n 's/^__version__ = "\([^"]*\)".*/\1/p' src/tinygpt/__init__.py); \
 	log=$$(sed -n 's/^## \([0-9][^ ]*\).*/\1/p' CHANGELOG.md | head -n 1); \

@@ -1,8 +1,15 @@
-"""Settings every test shares: seeded hypothesis runs, and `gpu` tests only where there is a GPU."""
+"""Settings every test shares: seeded hypothesis runs, fair threads, and `gpu` tests only where there is a GPU."""
+
+import os
 
 import pytest
-import torch
 from hypothesis import settings
+
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
+    # Before torch is imported, and for child processes too: more threads than cores wait for each other, tenfold.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
+
+import torch
 
 settings.register_profile("tinygpt", derandomize=True, deadline=None)
 settings.load_profile("tinygpt")

@@ -8,19 +8,28 @@ from pathlib import Path
 
 import pytest
 
+import tinygpt
 from hub_server import HubServer, serve_hub
-from tinygpt.errors import HubError
+from tinygpt.errors import ConfigError, HubError
 from tinygpt.hub import resolve, upload_folder
 
 MODEL = {"config.json": b'{"dim": 8}\n', "model.safetensors": bytes(range(256)) * 40, "tokenizer.json": b"{}"}
 
+# `import tinygpt` brings torch, which the hub does not need: an empty package around it starts a second sooner.
 PRELUDE = """\
 import sys
+import types
 from pathlib import Path
+sys.modules["tinygpt"] = package = types.ModuleType("tinygpt")
+package.__path__ = [sys.argv[2]]
 from tinygpt import hub
 from tinygpt.errors import HubError
 hub._FIRST_WAIT_SECONDS = 0.01
 folder = Path(sys.argv[1])
+"""
+
+CODA = """
+assert "torch" not in sys.modules
 """
 
 
@@ -35,8 +44,13 @@ def client(hub: HubServer, folder: Path, code: str) -> str:
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
     environment |= {"HF_ENDPOINT": hub.url, "HF_TOKEN": "hf_test", "HF_HOME": str(folder / "home")}
     environment["HF_HUB_DISABLE_PROGRESS_BARS"] = environment["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    package = Path(tinygpt.__file__).parent
     done = subprocess.run(
-        [sys.executable, "-c", PRELUDE + code, str(folder)], env=environment, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", PRELUDE + code + CODA, str(folder), str(package)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -94,6 +108,13 @@ def test_uploading_needs_a_folder_and_a_full_name(tmp_path: Path) -> None:
         upload_folder("nowhere", "user/tiny")
     with pytest.raises(HubError, match="'tiny' is not a Hub name; give 'user/repo'"):
         upload_folder(tmp_path, "tiny")
+
+
+def test_a_negative_number_of_retries_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="retries=-1 is negative; choose 0 to try once"):
+        resolve("user/tiny", retries=-1)
+    with pytest.raises(ConfigError, match="retries=-1 is negative; choose 0 to try once"):
+        upload_folder(tmp_path, "user/tiny", retries=-1)
 
 
 def test_what_is_uploaded_comes_back_byte_for_byte(hub: HubServer, tmp_path: Path) -> None:
@@ -217,6 +238,13 @@ def test_after_a_download_the_cache_serves_without_requests(hub: HubServer, tmp_
     second = client(hub, tmp_path, 'print(hub.resolve("user/tiny", local_files_only=True))').strip()
     assert second == first
     assert len(hub.requests) == seen
+
+
+def test_a_complete_copy_in_the_cache_serves_while_the_hub_is_down(hub: HubServer, tmp_path: Path) -> None:
+    hub.add("user/tiny", MODEL)
+    first = client(hub, tmp_path, 'print(hub.resolve("user/tiny"))')
+    hub.fail("GET", "/api/models/", status=503)
+    assert client(hub, tmp_path, 'print(hub.resolve("user/tiny"))') == first
 
 
 def test_a_hub_that_is_not_there_is_named_as_unreachable(hub: HubServer, tmp_path: Path) -> None:

@@ -6,7 +6,8 @@ A checkpoint is a folder:
 step-000500/
   model.safetensors, config.json    loadable on their own by GPT.from_pretrained
   tokenizer files                   if the run has a tokenizer
-  state.safetensors                 optimizer moments, packing buffer, random states
+  optimizer.safetensors             optimizer moments
+  state.safetensors                 packing buffer, random states
   state.json                        everything else: step, schedules, rates, fingerprints, versions
   manifest.json                     size and sha256 of each file; without it the folder is not a checkpoint
 ```
@@ -34,6 +35,7 @@ from tinygpt.errors import CheckpointError
 FORMAT_VERSION = 1
 STATE_FILE = "state.json"
 TENSOR_FILE = "state.safetensors"
+OPTIMIZER_FILE = "optimizer.safetensors"
 MANIFEST_FILE = "manifest.json"
 _STEP_FOLDER = re.compile(r"step-(\d{6,})")
 
@@ -64,14 +66,15 @@ def save_state(folder: str | Path, state: dict[str, Any], *, write_files: Callab
     temporary = folder.with_name(f".{folder.name}.tmp")
     replaced = folder.with_name(f".{folder.name}.old")
     tensors: dict[str, Tensor] = {}
-    plain = _without_tensors(state, tensors)
+    plain = _without_tensors(state, tensors, ())
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         if write_files is not None:
             write_files(temporary)
-        save_file(tensors, temporary / TENSOR_FILE)
+        for name in (OPTIMIZER_FILE, TENSOR_FILE):
+            save_file({k: v for k, v in tensors.items() if _tensor_file(k) == name}, temporary / name)
         _write_json(temporary / STATE_FILE, {"format_version": FORMAT_VERSION, "state": plain})
         files = sorted(path for path in temporary.rglob("*") if path.is_file())
         entries = {p.relative_to(temporary).as_posix(): {"size": p.stat().st_size, "sha256": _sha256(p)} for p in files}
@@ -102,7 +105,7 @@ def load_state(folder: str | Path) -> dict[str, Any]:
     verify(folder)
     document = _read_json(folder / STATE_FILE)
     try:
-        tensors = load_file(folder / TENSOR_FILE)
+        tensors = load_file(folder / TENSOR_FILE) | load_file(folder / OPTIMIZER_FILE)
         state = _with_tensors(document["state"], tensors)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{folder} does not hold a readable state: {error}.") from None
@@ -125,7 +128,7 @@ def verify(folder: str | Path) -> None:
     if version != FORMAT_VERSION:
         raise CheckpointError(f"{folder} has format version {version}; this tinygpt reads version {FORMAT_VERSION}.")
     files = manifest.get("files")
-    if not isinstance(files, dict) or not {STATE_FILE, TENSOR_FILE} <= files.keys():
+    if not isinstance(files, dict) or not {STATE_FILE, TENSOR_FILE, OPTIMIZER_FILE} <= files.keys():
         raise CheckpointError(f"{folder / MANIFEST_FILE} is damaged: it does not list the state files.")
     for name, entry in files.items():
         path = folder / name
@@ -177,21 +180,27 @@ def remove_old_checkpoints(parent: str | Path, *, keep_last: int) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-def _without_tensors(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """Move tensors into `tensors` and mark what JSON would lose: tuples and keys that are not strings."""
+def _tensor_file(name: str) -> str:
+    return OPTIMIZER_FILE if name.startswith("optimizer/") else TENSOR_FILE
+
+
+def _without_tensors(value: Any, tensors: dict[str, Tensor], path: tuple[str, ...]) -> Any:
+    """Move tensors into `tensors` under their path, and mark what JSON would lose: tuples, keys that are no strings."""
     if isinstance(value, Tensor):
-        name = f"tensor_{len(tensors):06d}"
+        name = "/".join(path)
+        while name in tensors:
+            name += "'"
         # Cloned: views into one buffer, as the optimizer keeps them, must not be written as shared storage.
         tensors[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
         return {"$tensor": name}
     if isinstance(value, dict):
-        if all(isinstance(key, str) and not key.startswith("$") for key in value):
-            return {key: _without_tensors(item, tensors) for key, item in value.items()}
-        return {"$items": [[_without_tensors(k, tensors), _without_tensors(v, tensors)] for k, v in value.items()]}
-    if isinstance(value, tuple):
-        return {"$tuple": [_without_tensors(item, tensors) for item in value]}
-    if isinstance(value, list):
-        return [_without_tensors(item, tensors) for item in value]
+        items = [(key, _without_tensors(item, tensors, (*path, str(key)))) for key, item in value.items()]
+        if all(isinstance(key, str) and not key.startswith("$") for key, _ in items):
+            return dict(items)
+        return {"$items": [[_without_tensors(key, tensors, path), item] for key, item in items]}
+    if isinstance(value, tuple | list):
+        parts = [_without_tensors(item, tensors, (*path, str(index))) for index, item in enumerate(value)]
+        return {"$tuple": parts} if isinstance(value, tuple) else parts
     if value is None or isinstance(value, bool | int | float | str):
         return value
     raise CheckpointError(f"a checkpoint holds numbers, strings and tensors; {type(value).__name__} is none of them.")

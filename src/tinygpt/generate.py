@@ -38,12 +38,7 @@ def sample_token(
         Nucleus sampling: Holtzman et al., [The Curious Case of Neural Text
         Degeneration](https://arxiv.org/abs/1904.09751), 2019.
     """
-    if not 0 <= temperature < float("inf"):
-        raise ConfigError(f"temperature={temperature} must be 0 or positive.")
-    if top_k is not None and top_k < 1:
-        raise ConfigError(f"top_k={top_k} must be at least 1, or None to keep all tokens.")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ConfigError(f"top_p={top_p} must lie in (0, 1], or be None to keep all tokens.")
+    _check_sampling(temperature, top_k, top_p)
     if temperature == 0:
         return logits.argmax(dim=-1)
     # Shifted first, so that a tiny temperature makes the others vanish instead of everything overflow.
@@ -58,6 +53,15 @@ def sample_token(
         dropped = probabilities.cumsum(dim=-1) - probabilities >= top_p
         scaled = scaled.masked_fill(dropped.scatter(1, order, dropped), float("-inf"))
     return torch.multinomial(scaled.softmax(dim=-1), 1, generator=generator)[:, 0]
+
+
+def _check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
+    if not 0 <= temperature < float("inf"):
+        raise ConfigError(f"temperature={temperature} must be 0 or positive.")
+    if top_k is not None and top_k < 1:
+        raise ConfigError(f"top_k={top_k} must be at least 1, or None to keep all tokens.")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ConfigError(f"top_p={top_p} must lie in (0, 1], or be None to keep all tokens.")
 
 
 def stream_tokens(
@@ -102,8 +106,8 @@ def stream_tokens(
             f"{len(token_ids)} prompt tokens and {max_new_tokens} new ones exceed the model's context of "
             f"{model.max_seq_len}; ask for at most {max(0, model.max_seq_len - len(token_ids))} or shorten the prompt."
         )
+    _check_sampling(temperature, top_k, top_p)
     device = next(model.parameters()).device
-    sample_token(torch.zeros(1, 1), temperature=temperature, top_k=top_k, top_p=top_p)  # refuse bad options at once
     return _stream(
         model,
         torch.tensor([list(token_ids)], device=device),

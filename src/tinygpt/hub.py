@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from tinygpt.errors import HubError
+from tinygpt.errors import ConfigError, HubError
 
 __all__ = ["resolve", "upload_folder"]
 
@@ -53,6 +53,7 @@ def resolve(
         The folder that holds the files.
 
     Raises:
+        ConfigError: If `retries` is negative.
         HubError: If there is no such folder and no such repository, access is refused, or the Hub keeps failing.
 
     Example:
@@ -121,6 +122,7 @@ def upload_folder(
         The address of the commit.
 
     Raises:
+        ConfigError: If `retries` is negative.
         HubError: If the folder or the name is wrong, access is refused, or the Hub keeps failing.
 
     Example:
@@ -166,6 +168,8 @@ def _with_retries(action: Callable[[], _Result], task: str, retries: int) -> _Re
 
     The client repeats some requests by itself, but not a download that begins with a 5xx, nor a plain commit.
     """
+    if retries < 0:
+        raise ConfigError(f"retries={retries} is negative; choose 0 to try once.")
     for attempt in range(retries + 1):
         try:
             return action()

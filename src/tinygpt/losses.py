@@ -22,7 +22,7 @@ class LossSum(NamedTuple):
     """
 
     total: Tensor
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # hides tuple.count, which nobody needs here
 
 
 LossFunction = Callable[[nn.Module, Batch], LossSum]

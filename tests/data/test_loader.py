@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from tinygpt.data import Batch, BatchLoader, JsonLines, TextDocuments, TextFiles, embedded_corpus, pack_rows
@@ -185,9 +186,7 @@ def test_equal_loaders_have_equal_fingerprints_and_any_change_shows() -> None:
         _loader(overflow="carry"),
         _loader(buffer_documents=4),
         _loader(TEXTS[1:]),
-        BatchLoader(
-            TextDocuments(TEXTS), train_bpe(TEXTS * 2, vocab_size=280), rows=2, seq_len=8, buffer_documents=3
-        ),
+        BatchLoader(TextDocuments(TEXTS), train_bpe(TEXTS * 2, vocab_size=280), rows=2, seq_len=8, buffer_documents=3),
     ]
     assert len({loader.fingerprint() for loader in changed}) == len(changed)
 
@@ -267,6 +266,15 @@ def test_a_damaged_state_is_refused() -> None:
     ):
         with pytest.raises(DataError, match="the loader state is damaged: buffer_lengths"):
             loader.load_state_dict({**state, "tensors": {**tensors, **changes}})
+
+
+def test_a_document_that_cannot_be_read_stops_the_loader_every_time_it_is_asked(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n{"text": "cut of')
+    loader = BatchLoader(JsonLines(tmp_path), TOKENIZER, rows=1, seq_len=4)
+    for _ in range(3):
+        with pytest.raises(DataError, match="line 2 is not valid JSON"):
+            next(loader)
+    assert loader.epoch == 0
 
 
 @pytest.mark.parametrize("texts", [[""], [""] * 200])

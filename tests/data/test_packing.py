@@ -2,7 +2,8 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tinygpt.data import IGNORE_INDEX, Overflow, Packer, Utilization, pack_rows
 from tinygpt.errors import ConfigError
@@ -87,9 +88,7 @@ def test_every_row_starts_with_bos_and_only_the_last_is_padded(
 
 
 @given(lengths=document_lengths, **settings_of_a_packer)
-def test_carry_keeps_every_token_once_and_in_order(
-    lengths: list[int], row_tokens: int, buffer_documents: int
-) -> None:
+def test_carry_keeps_every_token_once_and_in_order(lengths: list[int], row_tokens: int, buffer_documents: int) -> None:
     documents = _documents(lengths)
     rows = _pack(documents, row_tokens, buffer_documents, "carry")
     packed = [token for row in rows for token in row if token not in (BOS, IGNORE_INDEX)]
@@ -123,9 +122,7 @@ def test_crop_keeps_heads_of_documents_whole_and_invents_nothing(
 def test_the_counts_add_up_at_any_time(
     overflow: Overflow, lengths: list[int], rows_taken: int, row_tokens: int, buffer_documents: int
 ) -> None:
-    packer = Packer(
-        row_tokens=row_tokens, bos_token_id=BOS, buffer_documents=buffer_documents, overflow=overflow
-    )
+    packer = Packer(row_tokens=row_tokens, bos_token_id=BOS, buffer_documents=buffer_documents, overflow=overflow)
     documents = iter(_documents(lengths))
     rows = []
     for _ in range(rows_taken):

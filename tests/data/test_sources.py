@@ -6,7 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tinygpt.data import DocumentSource, JsonLines, TextDocuments, TextFiles, open_source
 from tinygpt.data import _files as files_module
@@ -71,7 +72,9 @@ def test_documents_come_as_they_were_written(tmp_path: Path) -> None:
     separator=st.sampled_from(["|", "||", "|a|"]),
     block=st.integers(1, 5),
 )
-def test_splitting_a_file_is_splitting_its_text(pieces: list[str], separator: str, block: int, tmp_path_factory) -> None:
+def test_splitting_a_file_is_splitting_its_text(
+    pieces: list[str], separator: str, block: int, tmp_path_factory
+) -> None:
     content = "a" + separator.join(pieces)
     path = tmp_path_factory.mktemp("split") / "a.txt"
     path.write_bytes(content.encode())
@@ -83,9 +86,7 @@ def test_splitting_a_file_is_splitting_its_text(pieces: list[str], separator: st
 
 
 @EACH
-def test_a_fingerprint_stays_until_the_documents_change(
-    make: Callable[[Path], DocumentSource], tmp_path: Path
-) -> None:
+def test_a_fingerprint_stays_until_the_documents_change(make: Callable[[Path], DocumentSource], tmp_path: Path) -> None:
     source = make(tmp_path)
     before = source.fingerprint()
     assert source.fingerprint() == before == make(tmp_path).fingerprint()
@@ -119,9 +120,7 @@ def test_how_a_file_is_read_is_part_of_the_fingerprint(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("place", [0, -1])
-def test_a_large_file_that_changes_at_its_start_end_or_size_has_another_fingerprint(
-    tmp_path: Path, place: int
-) -> None:
+def test_a_large_file_that_changes_at_its_start_end_or_size_has_another_fingerprint(tmp_path: Path, place: int) -> None:
     path = tmp_path / "large.txt"
     size = 17 << 20
     with path.open("wb") as file:
@@ -171,7 +170,7 @@ def test_open_source_refuses_what_it_cannot_tell(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", [TextFiles, JsonLines])
 def test_paths_that_cannot_be_read_are_refused(kind: type[TextFiles] | type[JsonLines], tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="absent.txt does not exist"):
+    with pytest.raises(DataError, match=r"absent\.txt does not exist"):
         kind(tmp_path / "absent.txt")
     with pytest.raises(DataError, match=rf"there is no \{kind.suffix} file in"):
         kind(tmp_path)

@@ -1,6 +1,7 @@
 import pytest
 import torch
-from hypothesis import given, strategies as st
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tinygpt.data import IGNORE_INDEX, TextDocuments, ValidationSet
 from tinygpt.errors import ConfigError, DataError

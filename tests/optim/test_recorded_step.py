@@ -84,7 +84,9 @@ def step_as_recorded(optimizer: MuonAdamW, parameters: dict[str, nn.Parameter], 
     optimizer.step()
 
 
-def assert_equal_weights(parameters: dict[str, nn.Parameter], before: dict[str, Tensor], after: dict[str, Tensor]) -> None:
+def assert_equal_weights(
+    parameters: dict[str, nn.Parameter], before: dict[str, Tensor], after: dict[str, Tensor]
+) -> None:
     assert parameters.keys() == after.keys()
     for name, expected in after.items():
         # Relative to the change, which is much stricter than relative to the weights.
@@ -115,9 +117,7 @@ def test_nanochat_rules_give_the_recorded_weights_under_our_names(name: str) -> 
     weights, expected, description = recording(name)
     before = our_tensors(weights)
     model = module_of(before)
-    rules = nanochat_rules(
-        model_dim=description["config"]["n_embd"], embedding_lr=0.2, unembedding_lr=0.004, **OPTIONS
-    )
+    rules = nanochat_rules(model_dim=description["config"]["n_embd"], embedding_lr=0.2, unembedding_lr=0.004, **OPTIONS)
     optimizer = MuonAdamW(param_groups(model, rules))
     parameters = dict(model.named_parameters())
     step_as_recorded(optimizer, parameters, our_tensors(with_prefix(expected, "grad.")))

@@ -15,7 +15,9 @@ def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Ten
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
-def naive_adamw(start: Tensor, grads: list[Tensor], lr: float, beta1: float, beta2: float, eps: float, wd: float) -> Tensor:
+def naive_adamw(
+    start: Tensor, grads: list[Tensor], lr: float, beta1: float, beta2: float, eps: float, wd: float
+) -> Tensor:
     p = start.double().flatten().tolist()
     m, v = [0.0] * len(p), [0.0] * len(p)
     for t, grad in enumerate(grads, start=1):
@@ -69,7 +71,9 @@ def test_adamw_keeps_apart_parameters_of_different_age() -> None:
 
 
 @pytest.mark.parametrize("shape", [(), (3,), (9, 5), (4, 3, 2)])
-def test_adamw_on_bfloat16_parameters_rounds_only_the_result(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_adamw_on_bfloat16_parameters_rounds_only_the_result(
+    shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("tinygpt.optim._updates._SLICE_ELEMENTS", 10)
     start, grad = randn(*shape, dtype=torch.bfloat16), randn(*shape, seed=1, dtype=torch.bfloat16)
     expected = naive_adamw(start, [grad], 3e-3, 0.8, 0.995, 1e-10, 0.1).to(torch.bfloat16)
@@ -89,7 +93,16 @@ def test_float32_moments_see_what_bfloat16_moments_lose() -> None:
 
 
 def naive_muon(
-    p: Tensor, g: Tensor, momentum: Tensor, second: Tensor, *, lr: float, beta: float, beta2: float, wd: float, options: bool
+    p: Tensor,
+    g: Tensor,
+    momentum: Tensor,
+    second: Tensor,
+    *,
+    lr: float,
+    beta: float,
+    beta2: float,
+    wd: float,
+    options: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One matrix, rows and columns spelt out, all in float64."""
     rows, cols = p.shape

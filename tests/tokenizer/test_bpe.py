@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 
 from tinygpt.errors import DataError
@@ -10,7 +12,7 @@ def _merge_by_hand(word: bytes, ranks: dict[bytes, int]) -> list[int]:
     """Byte-pair encoding as its papers put it: join the neighbours of lowest rank until none can be joined."""
     parts = [bytes([byte]) for byte in word]
     while True:
-        pairs = [(ranks[a + b], i) for i, (a, b) in enumerate(zip(parts, parts[1:], strict=False)) if a + b in ranks]
+        pairs = [(ranks[a + b], i) for i, (a, b) in enumerate(pairwise(parts)) if a + b in ranks]
         if not pairs:
             return [ranks[part] for part in parts]
         _, i = min(pairs)

@@ -57,7 +57,7 @@ def test_an_absent_file_is_refused(saved: Path, name: str) -> None:
 def test_an_oversized_file_is_refused(saved: Path, name: str, size: int) -> None:
     with (saved / name).open("r+b") as file:
         file.truncate(size)
-    with pytest.raises(DataError, match="is larger than .* bytes and cannot be a tokenizer file"):
+    with pytest.raises(DataError, match=r"is larger than .* bytes and cannot be a tokenizer file"):
         load_tokenizer(saved)
 
 
@@ -66,7 +66,7 @@ def test_every_kind_of_damage_to_the_ranks_is_found_by_their_hash(saved: Path) -
     content = path.read_bytes()
     for damaged in (content[:-1], content[:100], b"", content.replace(b"\n", b"\r\n"), content + b"IQ== 999\n"):
         path.write_bytes(damaged)
-        with pytest.raises(DataError, match="does not belong to tokenizer_config.json or is damaged"):
+        with pytest.raises(DataError, match=r"does not belong to tokenizer_config\.json or is damaged"):
             load_tokenizer(saved)
 
 

@@ -3,7 +3,8 @@
 import re
 
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tinygpt.errors import DataError
 from tinygpt.tokenizer import BOS_TOKEN, BPETokenizer, ByteTokenizer, Tokenizer, load_tokenizer, train_bpe

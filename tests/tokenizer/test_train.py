@@ -1,5 +1,7 @@
 import sys
 from collections import Counter
+from collections.abc import Iterator
+from itertools import pairwise
 
 import pytest
 
@@ -17,7 +19,7 @@ def test_vocab_size_counts_every_id() -> None:
 
 def test_the_first_merge_is_the_most_frequent_pair() -> None:
     text = "ab ab ab ab cd cd cd"
-    pairs = Counter(pair for word in text.split() for pair in zip(word, word[1:], strict=False))
+    pairs = Counter(pair for word in text.split() for pair in pairwise(word))
     (first, _), *_ = pairs.most_common()
     tokenizer = train_bpe([text], vocab_size=266, pattern=r"\w+|\W")
     assert tokenizer.decode([256]) == "".join(first)
@@ -81,3 +83,18 @@ def test_without_rustbpe_the_error_says_what_to_install(monkeypatch: pytest.Monk
     monkeypatch.setitem(sys.modules, "rustbpe", None)
     with pytest.raises(MissingDependencyError, match=r'pip install "tinygpt\[tokenizer\]"'):
         train_bpe(TEXTS, vocab_size=300)
+
+
+def test_reading_stops_after_the_document_that_reaches_the_limit() -> None:
+    read = []
+
+    def texts() -> Iterator[str]:
+        for number in range(10):
+            read.append(number)
+            yield "some words and some more words " * 10
+
+    limited = train_bpe(texts(), vocab_size=270, max_characters=600)
+    assert read == [0, 1]
+    assert (
+        limited.fingerprint() == train_bpe(["some words and some more words " * 10] * 2, vocab_size=270).fingerprint()
+    )

@@ -13,7 +13,7 @@ from tinygpt.errors import DataError
 
 Paths: TypeAlias = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
-# Files up to 16 MiB are hashed whole; of larger ones 16 blocks, so that the fingerprint of any corpus takes moments.
+# Files up to 16 MiB are hashed whole; of larger ones 16 blocks, so that large files cost no more.
 _HASH_BLOCKS = 16
 _BLOCK_BYTES = 1 << 20
 
@@ -96,7 +96,7 @@ class TextFiles(_FileSource):
         from pathlib import Path
         from tinygpt.data import TextFiles
 
-        Path("notes.txt").write_text("first document\n\nsecond document")
+        Path("notes.txt").write_text("first document\n\nsecond document", newline="\n")
         source = TextFiles("notes.txt", separator="\n\n")
         ```
     """

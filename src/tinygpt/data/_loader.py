@@ -96,6 +96,11 @@ class BatchLoader:
         self._documents = self._read_epoch()
 
     @property
+    def tokenizer(self) -> Tokenizer:
+        """What turns documents into token ids."""
+        return self._tokenizer
+
+    @property
     def epoch(self) -> int:
         """How many times the source was read and packed to its end."""
         return self._epoch
@@ -105,7 +110,7 @@ class BatchLoader:
         return self._packer.utilization
 
     def fingerprint(self) -> str:
-        """Return a SHA-256 hex digest of source, tokenizer and settings: equal digests, equal batches."""
+        """Return a SHA-256 hex digest of source, tokenizer and settings: equal digests, equal rows over all ranks."""
         parts = {**self._fingerprints, "settings": self._settings}
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
@@ -159,10 +164,15 @@ class BatchLoader:
 
     def _next_row(self) -> TokenArray:
         """Return the next row of the global stream, starting new epochs as needed."""
-        while (row := self._packer.next_row(self._documents)) is None:
-            self._epoch += 1
-            self._cursor = None
+        try:
+            while (row := self._packer.next_row(self._documents)) is None:
+                self._epoch += 1
+                self._cursor = None
+                self._documents = self._read_epoch()
+        except BaseException:
+            # A generator that raised looks like one that ended; asked again, we must not take that for an epoch.
             self._documents = self._read_epoch()
+            raise
         return row
 
     def _read_epoch(self) -> Iterator[TokenArray]:

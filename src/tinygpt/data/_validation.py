@@ -27,12 +27,14 @@ class ValidationSet:
         token_rows: Packed rows, `(rows, seq_len + 1)` int32, padded in the last one with `IGNORE_INDEX`.
         batch_rows: Rows in a batch; the last batch may have fewer.
         bos_token_id: What the model reads in padded places.
+        token_bytes: UTF-8 bytes of each token id, 0 for special tokens, `(vocab,)` int64.
         num_bytes: UTF-8 bytes of all target tokens, special tokens counted as 0.
     """
 
     token_rows: Tensor
     batch_rows: int
     bos_token_id: int
+    token_bytes: Tensor
     num_bytes: int
 
     @classmethod
@@ -79,10 +81,10 @@ class ValidationSet:
         if not kept:
             raise DataError("the source has no document with a token in it; give it text.")
         token_rows = torch.from_numpy(np.stack(kept))
-        bytes_of = torch.tensor(tokenizer.token_bytes())
+        token_bytes = torch.tensor(tokenizer.token_bytes())
         targets = token_rows[:, 1:]
-        num_bytes = int(bytes_of[targets[targets != IGNORE_INDEX]].sum())
-        return cls(token_rows, rows, tokenizer.bos_token_id, num_bytes)
+        num_bytes = int(token_bytes[targets[targets != IGNORE_INDEX]].sum())
+        return cls(token_rows, rows, tokenizer.bos_token_id, token_bytes, num_bytes)
 
     @property
     def hash(self) -> str:

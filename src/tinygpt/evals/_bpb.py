@@ -55,7 +55,7 @@ def evaluate_bpb(model: nn.Module, validation: ValidationSet) -> BpbReport:
         The measure of Gao et al., [The Pile](https://arxiv.org/abs/2101.00027), 2020.
     """
     device = next(model.parameters()).device
-    token_bytes = torch.tensor(validation.token_bytes, device=device)
+    token_bytes = validation.token_bytes.to(device)
     sums: list[Tensor] = []  # stay on the device, so that no batch waits for the one before
     counted = torch.zeros(2, dtype=torch.int64, device=device)
     was_training = model.training
@@ -94,7 +94,7 @@ def unigram_bpb(training: Iterable[Batch], validation: ValidationSet) -> float:
     Raises:
         DataError: If the validation set has no text.
     """
-    token_bytes = torch.tensor(validation.token_bytes)
+    token_bytes = validation.token_bytes
     counts = torch.ones(len(token_bytes), dtype=torch.float64)
     for batch in training:
         targets = batch.targets[batch.targets != IGNORE_INDEX]

@@ -66,12 +66,13 @@ class CausalSelfAttention(nn.Module):
         # Scaling q and k by s each scales their product by s squared: one number for the kernel, no pass over memory.
         self.score_scale = self.head_dim**-0.5 * (qk_scale**2 if qk_norm else 1.0)
         kv_dim = num_kv_heads * self.head_dim
+        # What was made before this layer comes first, so that init_weights draws in the order of construction.
+        self.rope = rope
+        self.value_embedding = value_embedding
         self.q_proj = Linear(dim, dim)
         self.k_proj = Linear(dim, kv_dim)
         self.v_proj = Linear(dim, kv_dim)
         self.o_proj = Linear(dim, dim)
-        self.rope = rope
-        self.value_embedding = value_embedding
         self.value_gate: Linear | None = None
         if value_embedding is not None:
             if value_embedding.embedding_dim != kv_dim:

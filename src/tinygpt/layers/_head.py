@@ -93,7 +93,8 @@ class LMHead(Linear):
         self._check(x, targets)
         hidden, flat = x.reshape(-1, x.shape[-1]), targets.reshape(-1)
         weight = self.weight[: self.vocab_size]
-        total = _ChunkedLoss.apply(hidden, weight, flat, self.soft_cap, self._chunk(), self.ignore_index)
+        options = (self.soft_cap, self._chunk(), self.ignore_index)
+        total = _ChunkedLoss.apply(hidden, weight, flat, *options)  # type: ignore[no-untyped-call]
         return total, (flat != self.ignore_index).sum()
 
     @torch.no_grad()

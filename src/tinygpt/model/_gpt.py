@@ -206,7 +206,7 @@ class GPT(nn.Module):
         weight = next(self.embedding.parameters())
         layers = []
         for index, block in enumerate(self.blocks):
-            attention = getattr(block, "attention", block)
+            attention: Any = getattr(block, "attention", block)
             if not (hasattr(attention, "num_kv_heads") and hasattr(attention, "head_dim")):
                 raise ConfigError(
                     f"block {index} has no attention with num_kv_heads and head_dim: build its KVCache yourself."
@@ -315,14 +315,14 @@ class GPT(nn.Module):
         with torch.device("meta"):
             model = cls.from_config(config, **parts)
         weights = read_weights(folder / WEIGHTS_FILE, {name: t.shape for name, t in model.state_dict().items()})
-        model.to_empty(device=device)
-        for module in model.modules():
-            # Tables that are not saved, such as those of the rotary embedding, are computed again.
-            if any(name not in module.state_dict() for name, _ in module.named_buffers(recurse=False)):
+        # Tables that are not saved, such as those of the rotary embedding, are computed again.
+        for prefix, module in model.named_modules():
+            names = [f"{prefix}.{name}".lstrip(".") for name, _ in module.named_buffers(recurse=False)]
+            if any(name not in weights for name in names):
+                module.to_empty(device=device, recurse=False)
                 getattr(module, "reset_parameters", lambda: None)()
-        for name, parameter in model.named_parameters():
-            parameter.data = parameter.data.to(dtype or weights[name].dtype)
-        model.load_state_dict(weights, strict=True)
+        # Assigned and not copied: on the CPU the weights stay mapped from the file until they are touched.
+        model.load_state_dict({name: t.to(device, dtype) for name, t in weights.items()}, strict=True, assign=True)
         return model
 
     def push_to_hub(

@@ -77,8 +77,9 @@ def _check_options(options: dict[str, Any]) -> None:
     for name, value in [*decays, *(("betas", beta) for beta in betas)]:
         if not _is_number(value) or not 0 <= value < 1:
             raise ConfigError(f"{name}={options[name]!r} must be at least 0 and below 1.")
-    if options.get("polar_steps", 5) not in range(1, 6):
-        raise ConfigError(f"polar_steps={options['polar_steps']!r} is not possible; choose 1 to 5.")
+    polar_steps = options.get("polar_steps", 5)
+    if not isinstance(polar_steps, int) or not 1 <= polar_steps <= 5:
+        raise ConfigError(f"polar_steps={polar_steps!r} is not possible; choose 1 to 5.")
 
 
 def _is_number(value: Any) -> bool:

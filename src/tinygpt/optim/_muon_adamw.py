@@ -15,7 +15,8 @@ from tinygpt.optim._polar import fast_dtype
 from tinygpt.optim._updates import adamw_update, muon_update
 
 # Matrices of one shape are updated together in stacks of at most this many elements (16 MiB in float32). A Muon step
-# needs about five such stacks of temporary memory: some 7 % of a 286 M parameter model. Larger stacks were not faster.
+# needs about five such stacks of temporary memory: some 7 % of a 286 M parameter model. On two CPU cores
+# larger stacks were not faster.
 _STACK_ELEMENTS = 2**22
 
 
@@ -245,7 +246,7 @@ class MuonAdamW(torch.optim.Optimizer):
             self._muon_update = torch.compile(muon_update, dynamic=False) if self.compile else muon_update
         if self.compile:
             # As numbers they would be constants of the compiled code, and every scheduled change a new compilation.
-            rates = {key: torch.tensor(value) for key, value in rates.items()}
+            rates = {key: torch.tensor(value, dtype=momentum.dtype) for key, value in rates.items()}
         self._muon_update(
             params,
             grads,

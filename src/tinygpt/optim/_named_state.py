@@ -36,6 +36,8 @@ def matching_groups(groups: list[Group], state_dict: dict[str, Any]) -> list[Gro
     if version != VERSION:
         hint = "it looks like the state of another optimizer" if version is None else "update tinygpt to read it"
         raise CheckpointError(f"optimizer state has version {version!r}, this tinygpt reads version {VERSION}: {hint}.")
+    if absent := [key for key in ("state", "param_groups") if key not in state_dict]:
+        raise CheckpointError(f"optimizer state has no {' and no '.join(absent)}; it is damaged or cut short.")
     state: dict[str, dict[str, Any]] = state_dict["state"]
     saved_groups: list[Group] = state_dict["param_groups"]
     owned = {name for group in groups for name in group["param_names"]}

@@ -22,7 +22,7 @@ def nanochat_rules(
     row_equilibration: bool = False,
     norm_renormalization: bool = False,
 ) -> list[Rule]:
-    """Build the rules for the parameter names of [`tinygpt.GPT`][tinygpt.GPT], with nanochat's settings.
+    """Build the rules for the parameter names of `tinygpt.GPT`, with nanochat's settings.
 
     All rules are optional, so a model with features switched off passes; a parameter they do not know is an error of
     [`param_groups`][tinygpt.optim.param_groups].
@@ -31,7 +31,7 @@ def nanochat_rules(
         model_dim: Width of the residual stream. Rates of embeddings and head are multiplied by
             `(model_dim / 768) ** -0.5`.
         batch_lr_scale: Factor on all rates but the fixed ones of smear and backout (0.2), for a batch that is not
-            the reference one: [`lr_factor`][tinygpt.scaling.lr_factor].
+            the reference one: `tinygpt.scaling.lr_factor`.
         matrix_lr: Rate of the matrices (Muon), the gates of the value embeddings among them.
         embedding_lr: Rate of the token embedding; value embeddings take half of it.
         unembedding_lr: Rate of the head.

@@ -3,8 +3,11 @@
 Anything with the methods of `Tokenizer` works wherever a tokenizer is asked for; no base class is needed.
 """
 
-from tinygpt.tokenizer._base import BOS_TOKEN as BOS_TOKEN, CHAT_TOKENS as CHAT_TOKENS, Tokenizer as Tokenizer
-from tinygpt.tokenizer._bpe import SPLIT_PATTERN as SPLIT_PATTERN, BPETokenizer as BPETokenizer
+from tinygpt.tokenizer._base import BOS_TOKEN as BOS_TOKEN
+from tinygpt.tokenizer._base import CHAT_TOKENS as CHAT_TOKENS
+from tinygpt.tokenizer._base import Tokenizer as Tokenizer
+from tinygpt.tokenizer._bpe import SPLIT_PATTERN as SPLIT_PATTERN
+from tinygpt.tokenizer._bpe import BPETokenizer as BPETokenizer
 from tinygpt.tokenizer._bytes import ByteTokenizer as ByteTokenizer
 from tinygpt.tokenizer._load import load_tokenizer as load_tokenizer
 from tinygpt.tokenizer._train import train_bpe as train_bpe

@@ -4,8 +4,6 @@ import hashlib
 import os
 from collections.abc import Mapping, Sequence
 
-import tiktoken
-
 from tinygpt.errors import DataError
 from tinygpt.tokenizer._base import BOS_TOKEN, CHAT_TOKENS, refuse_ids, utf8
 from tinygpt.tokenizer._files import format_ranks, write_tokenizer
@@ -52,6 +50,8 @@ class BPETokenizer:
         pattern: str = SPLIT_PATTERN,
         special_tokens: Sequence[str] = (BOS_TOKEN, *CHAT_TOKENS),
     ) -> None:
+        import tiktoken  # here, because most of the library needs no tokenizer
+
         if sorted(ranks.values()) != list(range(len(ranks))):
             raise DataError(f"the {len(ranks)} ranks must be 0 to {len(ranks) - 1}, each once.")
         absent = [byte for byte in range(256) if bytes([byte]) not in ranks]

@@ -7,7 +7,9 @@ from tinygpt.tokenizer._base import BOS_TOKEN, CHAT_TOKENS, utf8
 from tinygpt.tokenizer._bpe import SPLIT_PATTERN, BPETokenizer
 
 
-def train_bpe(texts: Iterable[str], *, vocab_size: int, pattern: str = SPLIT_PATTERN) -> BPETokenizer:
+def train_bpe(
+    texts: Iterable[str], *, vocab_size: int, pattern: str = SPLIT_PATTERN, max_characters: int | None = None
+) -> BPETokenizer:
     """Learn a byte-pair encoding from texts, with rustbpe.
 
     The same texts give the same tokenizer, whatever the number of threads.
@@ -16,6 +18,7 @@ def train_bpe(texts: Iterable[str], *, vocab_size: int, pattern: str = SPLIT_PAT
         texts: Documents; read once, so a generator over a large corpus is fine.
         vocab_size: Number of token ids wanted, the 256 bytes and 9 special tokens included.
         pattern: Regular expression that cuts text before merging; merges never cross a cut.
+        max_characters: Stop reading after the document in which this many are reached; `None` reads all.
 
     Returns:
         A tokenizer with exactly `vocab_size` ids.
@@ -54,7 +57,9 @@ def train_bpe(texts: Iterable[str], *, vocab_size: int, pattern: str = SPLIT_PAT
     # Building the tokenizer with no merges checks the pattern before the long part.
     BPETokenizer({bytes([byte]): byte for byte in range(256)}, pattern=pattern, special_tokens=special_tokens)
     trainer = rustbpe.Tokenizer()
-    trainer.train_from_iterator(_checked(texts), vocab_size=vocab_size - len(special_tokens), pattern=pattern)
+    trainer.train_from_iterator(
+        _checked(texts, max_characters), vocab_size=vocab_size - len(special_tokens), pattern=pattern
+    )
     ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
     reached = len(ranks) + len(special_tokens)
     if reached < vocab_size:
@@ -65,8 +70,12 @@ def train_bpe(texts: Iterable[str], *, vocab_size: int, pattern: str = SPLIT_PAT
     return BPETokenizer(ranks, pattern=pattern, special_tokens=special_tokens)
 
 
-def _checked(texts: Iterable[str]) -> Iterator[str]:
-    """Pass texts on, refusing what is not a string with a UTF-8 form."""
+def _checked(texts: Iterable[str], max_characters: int | None) -> Iterator[str]:
+    """Pass texts on up to the limit, refusing what is not a string with a UTF-8 form."""
+    characters = 0
     for text in texts:
         utf8(text)
         yield text
+        characters += len(text)
+        if max_characters is not None and characters >= max_characters:
+            return

@@ -1,7 +1,7 @@
 """Comparing a run with the checkpoint it continues, before a single weight moves."""
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tinygpt.errors import CheckpointError
@@ -36,21 +36,26 @@ class Change:
 
 
 def compare_rates(was: Mapping[str, Mapping[str, float]], will_be: Mapping[str, Mapping[str, float]]) -> list[Change]:
-    """Compare the rates of the next step, group by group; equal changes of several groups make one entry."""
-    seen: dict[tuple[str, float | None], Change] = {}
-    for group in sorted(was.keys() | will_be.keys()):
+    """Compare the rates of the next step, group by group; the same change of several groups makes one entry."""
+    alike: dict[tuple[str, float | tuple[float, float]], list[tuple[str, Change]]] = {}
+    changes = []
+    for group in [*was, *(group for group in will_be if group not in was)]:
         old, new = was.get(group), will_be.get(group)
         if old is None or new is None:
-            state = "absent" if old is None else "present", "absent" if new is None else "present"
-            seen[group, None] = Change(f"optimizer group {group}", *state, topic="schedule")
+            there = ("absent", "there") if old is None else ("there", "absent")
+            changes.append(Change(f"optimizer group {group}", *there, topic="schedule"))
             continue
         for key in sorted(old.keys() | new.keys()):
             a, b = old.get(key, 0.0), new.get(key, 0.0)
             if a != b:
-                change = Change(f"{key} ({group})", a, b, "schedule" if _is_jump(key, a, b) else None)
-                factor = change.factor
-                seen.setdefault((key, None if factor is None else round(factor, 6)), change)
-    return list(seen.values())
+                change = Change(key, a, b, "schedule" if _is_jump(key, a, b) else None)
+                kind = (a, b) if change.factor is None else round(change.factor, 6)
+                alike.setdefault((key, kind), []).append((group, change))
+    for groups in alike.values():
+        label, first = groups[0]
+        more = f" and {len(groups) - 1} more groups" if len(groups) > 1 else ""
+        changes.append(replace(first, name=f"{first.name} ({label}{more})"))
+    return changes
 
 
 def compare_values(
@@ -94,9 +99,13 @@ def format_changes(changes: list[Change]) -> str:
     rows = [("", "was", "will be", "factor")]
     for change in changes:
         factor = change.factor
-        rows.append((change.name, _short(change.was), _short(change.will_be), "" if factor is None else f"x {factor:.4g}"))
+        rows.append(
+            (change.name, _short(change.was), _short(change.will_be), "" if factor is None else f"x {factor:.4g}")
+        )
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
 
 
 def _is_jump(key: str, was: float, will_be: float) -> bool:

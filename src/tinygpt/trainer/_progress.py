@@ -17,10 +17,11 @@ def progress_bar(trainer: "Trainer", *, enabled: bool) -> Iterator[Callable[[Ste
     if not enabled:
         yield lambda step: None
         return
-    from huggingface_hub.utils import tqdm  # a declared dependency that brings tqdm along; slow to import
+    # A declared dependency with a tqdm of its own; imported here because it is slow.
+    from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]
 
     terminal = sys.stderr.isatty()
-    with tqdm(
+    with tqdm(  # type: ignore[no-untyped-call]
         total=trainer.config.num_steps,
         initial=trainer.next_step,
         unit="step",

@@ -10,7 +10,9 @@ from torch import nn
 
 import tinygpt
 from tinygpt.checkpoint import load_state, save_state
+from tinygpt.config import Config
 from tinygpt.errors import CheckpointError, DataError
+from tinygpt.model import GPT
 from tinygpt.trainer._changes import Change, compare_rates, compare_values, refuse_unaccepted
 from tinygpt.trainer._random import random_state, restore_random_state
 
@@ -37,10 +39,12 @@ def save(trainer: "Trainer", folder: Path) -> Path:
     }
 
     def write_files(folder: Path) -> None:
-        if getattr(trainer.model, "config", None) is not None and hasattr(trainer.model, "save_pretrained"):
+        if isinstance(trainer.model, GPT) and trainer.model.config is not None:
             trainer.model.save_pretrained(folder)
         else:
-            save_file({k: v.detach().cpu().contiguous() for k, v in trainer.model.state_dict().items()}, folder / _WEIGHTS)
+            save_file(
+                {k: v.detach().cpu().contiguous() for k, v in trainer.model.state_dict().items()}, folder / _WEIGHTS
+            )
         if trainer.tokenizer is not None:
             trainer.tokenizer.save(folder)
 
@@ -124,4 +128,4 @@ def _environment(trainer: "Trainer") -> dict[str, Any]:
 
 def _model_config(model: nn.Module) -> dict[str, Any]:
     config = getattr(model, "config", None)
-    return config.model_dump() if hasattr(config, "model_dump") else {}
+    return config.model_dump() if isinstance(config, Config) else {}

@@ -3,7 +3,7 @@
 import math
 import sys
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ class Trainer:
             of that kind alone.
         loss_fn: Called as `loss_fn(model, batch)`; returns a sum and a count.
         tokenizer: Saved into checkpoints, so that `from_pretrained` users can encode; `None` takes the loader's.
+        on_save: Called with the folder of each checkpoint once it is written, to publish it for example.
 
     Raises:
         ConfigError: If settings do not fit together.
@@ -73,6 +74,7 @@ class Trainer:
         schedules: Mapping[str, Schedule] | None = None,
         loss_fn: LossFunction = next_token_loss,
         tokenizer: Tokenizer | None = None,
+        on_save: Callable[[Path], None] | None = None,
     ) -> None:
         if config.save_every is not None and config.out_dir is None:
             raise ConfigError("save_every needs an out_dir to save into.")
@@ -82,6 +84,7 @@ class Trainer:
         self.config = config
         self.loss_fn = loss_fn
         self.tokenizer = tokenizer or getattr(loader, "tokenizer", None)
+        self.on_save = on_save
         self.device = next(model.parameters()).device
         self.next_step = 0
         self.tokens = 0
@@ -164,6 +167,8 @@ class Trainer:
                 raise ConfigError("save_state needs a folder, or a TrainerConfig with out_dir.")
             folder = checkpoint_folder(self.checkpoint_dir, self.next_step)
         self._last_saved = _state.save(self, Path(folder))
+        if self.on_save is not None:
+            self.on_save(self._last_saved)
         return self._last_saved
 
     def load_state(self, folder: str | Path, *, accept: Collection[str] = ()) -> list[Change]:
@@ -304,7 +309,8 @@ class Trainer:
             text = "nothing was saved, since the TrainerConfig has no out_dir"
         else:
             text = f"the state is saved in {self._last_saved}; to go on, run the same program with trainer.resume()"
-        print(f"\nstopped after step {self.next_step - 1}: {text}.", file=sys.stderr, flush=True)
+        sys.stderr.write(f"\nstopped after step {self.next_step - 1}: {text}.\n")
+        sys.stderr.flush()
 
     def _open_output(self) -> MetricsFile | None:
         if self.config.out_dir is None or self._metrics_file is not None:

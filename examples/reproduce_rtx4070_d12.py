@@ -1,0 +1,198 @@
+"""Pretrain the 12-layer, 286 M parameter GPT of the documented RTX 4070 run, or a small one of the same kind.
+
+The run has two phases: phase 1 from scratch, phase 2 resumed from its checkpoint by fresh objects, as after a
+reboot. Press Ctrl-C whenever you like and run the same command again: it goes on where it stopped.
+
+    python examples/reproduce_rtx4070_d12.py --scale demo                    minutes on two CPU cores
+    python examples/reproduce_rtx4070_d12.py --scale full --data shards/train --validation shards/val.jsonl
+
+The author's run changed its horizon from 10,000 to 87,000 steps at the resume: in one step the learning rate rose
+20-fold, and the loss went from 0.93 to 1.02 bits per byte. `--recipe one-horizon` (the default) plans all steps from
+the start, so that nothing changes there; `--recipe documented` repeats what ran.
+"""
+
+import argparse
+import sys
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import torch
+
+from tinygpt import GPT, GPTConfig, Trainer, TrainerConfig
+from tinygpt.checkpoint import list_checkpoints
+from tinygpt.data import BatchLoader, DocumentSource, Overflow, ValidationSet, embedded_corpus, open_source
+from tinygpt.errors import HubError, TinyGPTError
+from tinygpt.evals import evaluate_bpb, unigram_bpb
+from tinygpt.generate import stream_text
+from tinygpt.hub import upload_folder
+from tinygpt.metrics import StepMetrics
+from tinygpt.optim import MuonAdamW, nanochat_rules, param_groups
+from tinygpt.report import plot_run
+from tinygpt.scaling import lr_factor
+from tinygpt.schedules import Schedule, cosine_weight_decay, muon_momentum, warmup_stable_decay
+from tinygpt.tokenizer import Tokenizer, load_tokenizer, train_bpe
+from tinygpt.trainer import every, format_changes
+
+# The documented run. Everything it did not choose itself is a default of GPTConfig and nanochat_rules.
+DECAY_FRACTION, FINAL_LR = 0.65, 0.05  # the last 65 % of the horizon decay, down to 5 % of the rate
+WEIGHT_DECAY = 0.28  # at the reference batch of 524,288 tokens; times sqrt(1/8) = 0.099 at 65,536
+TOKENIZER_CHARACTERS = 500_000_000
+PROMPT = "The old captain looked at the sea and"
+
+
+@dataclass(frozen=True)
+class Scale:
+    """The numbers that differ between the GPU run and its small sisters."""
+
+    model: GPTConfig
+    rows: int  # of one micro-batch
+    batch_tokens: int
+    phase_1_steps: int
+    total_steps: int
+    warmup_steps: int
+    momentum_warmup_steps: int
+    lr_scale: float  # factor on the reference rates
+    overflow: Overflow
+    interval: int  # steps between evaluations, and between checkpoints
+    validation_tokens: int | None
+    sample_tokens: int
+
+
+SCALES = {
+    "full": Scale(GPTConfig.from_depth(12), 8, 65_536, 10_000, 87_000, 40, 400, lr_factor(65_536), "crop",
+                  interval=1_000, validation_tokens=524_288, sample_tokens=128),
+    "demo": Scale(GPTConfig.from_depth(4, head_dim=64, vocab_size=2_048, max_seq_len=256), 8, 2_048, 60, 300, 10, 60,
+                  0.5, "carry", interval=30, validation_tokens=None, sample_tokens=80),
+    "smoke": Scale(GPTConfig.from_depth(2, head_dim=32, width_per_layer=32, vocab_size=512, max_seq_len=64), 4, 512,
+                   4, 12, 2, 4, 0.5, "carry", interval=4, validation_tokens=4_096, sample_tokens=16),
+}  # fmt: skip
+
+
+def schedules(scale: Scale, horizon: int) -> dict[str, Schedule]:
+    """Rates as functions of the step, planned for this horizon."""
+    warmup, decay = scale.warmup_steps, DECAY_FRACTION
+    return {
+        "lr": warmup_stable_decay(horizon, warmup_steps=warmup, decay_fraction=decay, final=FINAL_LR),
+        "muon.momentum": muon_momentum(horizon, warmup_steps=scale.momentum_warmup_steps, decay_fraction=decay),
+        "muon.weight_decay": cosine_weight_decay(horizon),
+    }
+
+
+def read_tokenizer(folder: Path, source: DocumentSource, vocab_size: int) -> Tokenizer:
+    """Load the run's tokenizer, or train it on the data and save it."""
+    if not (folder / "tokenizer_config.json").exists():
+        print(f"training a tokenizer of {vocab_size:,} entries ...", flush=True)
+        texts = (text for text, _ in source.read())
+        train_bpe(texts, vocab_size=vocab_size, max_characters=TOKENIZER_CHARACTERS).save(folder)
+    return load_tokenizer(folder)
+
+
+def build(scale: Scale, device: str, seed: int) -> tuple[GPT, MuonAdamW]:
+    """Make a new model and its optimizer."""
+    torch.manual_seed(seed)
+    model = GPT.from_config(scale.model).to(device)
+    if device == "cuda":
+        model.set_compute_dtype(torch.bfloat16, embeddings=True)
+    decay = WEIGHT_DECAY * scale.lr_scale
+    rules = nanochat_rules(model_dim=scale.model.dim, batch_lr_scale=scale.lr_scale, weight_decay=decay)
+    return model, MuonAdamW(param_groups(model, rules))
+
+
+def print_plan(scale: Scale, model: GPT, phases: list[tuple[int, int]]) -> None:
+    """Say what is going to happen before it does."""
+    counts = model.num_parameters()
+    roles = ", ".join(f"{role.replace('_', ' ')} {count:,}" for role, count in counts._asdict().items())
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    moments = 4 * (counts.matrices + 2 * (counts.total - counts.matrices))  # Muon keeps one number, AdamW two
+    tokens = scale.batch_tokens * scale.total_steps
+    print(f"model      {counts.total:,} parameters: {roles}")
+    print(f"tokens     {scale.batch_tokens:,} a step x {scale.total_steps:,} steps = {tokens:,}")
+    print(f"memory     {(2 * weights + moments) / 2**20:,.0f} MiB of weights, gradients and moments, plus activations")
+    for number, (last_step, horizon) in enumerate(phases, start=1):
+        start = horizon - round(DECAY_FRACTION * horizon)
+        print(f"phase {number}    to step {last_step:,}: warm-up over {scale.warmup_steps} steps, constant, ", end="")
+        print(f"decay from step {start:,} to {FINAL_LR:.0%} at step {horizon:,}")
+    step = phases[0][0]
+    before, after = (schedules(scale, horizon) for _, horizon in phases)
+    values = {key: (before[key](step), after[key](step)) for key in before}
+    jumps = [f"{key} {old:.3g} -> {new:.3g}" for key, (old, new) in values.items() if old != new]
+    print(f"at resume  step {step:,}: " + ("; ".join(jumps) or "every rate goes on as planned") + "\n", flush=True)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--scale", choices=SCALES, default="demo", help="full: 12 GB GPU, 28 hours; demo: CPU, minutes; smoke: seconds")
+    add("--recipe", choices=("one-horizon", "documented"), default="one-horizon", help="see above")
+    add("--out", type=Path, help="folder of the run (default: runs/SCALE-RECIPE)")
+    add("--data", type=Path, help="training text: .txt or .jsonl, a file or a folder (default: the embedded book)")
+    add("--validation", type=Path, help="text to measure on; needed with --data")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default here: %(default)s")
+    add("--seed", type=int, default=0, help="repeats a run exactly (default: 0)")
+    add("--push-to-hub", metavar="USER/REPO", help="upload each checkpoint's model and tokenizer there")
+    args = parser.parse_args()
+    if (args.data is None) != (args.validation is None) or (args.scale == "full" and args.data is None):
+        parser.error("--data and --validation go together, and --scale full needs both.")
+    args.out = args.out or Path("runs") / f"{args.scale}-{args.recipe}"
+    return args
+
+
+def main() -> None:
+    args = parse_arguments()
+    scale, out = SCALES[args.scale], args.out
+    seq_len, total = scale.model.max_seq_len, scale.total_steps
+    phases = [(scale.phase_1_steps, scale.phase_1_steps if args.recipe == "documented" else total), (total, total)]
+    train = open_source(args.data) if args.data else embedded_corpus("train")
+    held_out = open_source(args.validation) if args.validation else embedded_corpus("validation")
+    tokenizer = read_tokenizer(out / "tokenizer", train, scale.model.vocab_size)
+    validation = ValidationSet.from_source(
+        held_out, tokenizer, rows=scale.rows, seq_len=seq_len, max_tokens=scale.validation_tokens
+    )
+    print_plan(scale, build(scale, args.device, args.seed)[0], phases)
+
+    def evaluate(trainer: Trainer, step: StepMetrics) -> None:
+        report = evaluate_bpb(trainer.model, validation)
+        trainer.record("evaluation", bpb=report.bpb, data_hash=report.data_hash)
+        print(f"\nstep {step.index + 1:,}: validation {report}", flush=True)
+
+    def push(checkpoint: Path) -> None:
+        files = ["model.safetensors", "config.json", "tokenizer*"]
+        try:
+            upload_folder(checkpoint, args.push_to_hub, commit_message=checkpoint.name, allow_patterns=files)
+        except HubError as error:  # a run of days does not end because of a network
+            print(f"\nnot uploaded: {error}", file=sys.stderr, flush=True)
+
+    for last_step, horizon in phases:
+        saved = list_checkpoints(out / "checkpoints")
+        if saved and int(saved[-1].name.removeprefix("step-")) >= last_step:
+            continue
+        model, optimizer = build(scale, args.device, args.seed)
+        loader = BatchLoader(train, tokenizer, rows=scale.rows, seq_len=seq_len, overflow=scale.overflow)
+        config = TrainerConfig(num_steps=last_step, batch_tokens=scale.batch_tokens, out_dir=str(out),
+                               save_every=scale.interval, compile=args.device == "cuda")  # fmt: skip
+        trainer = Trainer(model, optimizer, loader, config, schedules=schedules(scale, horizon),
+                          on_save=push if args.push_to_hub else None)  # fmt: skip
+        changes = trainer.resume(accept=["schedule"] if args.recipe == "documented" else [])
+        if changes is not None:
+            print(f"\nresumed at step {trainer.next_step:,}; against the checkpoint:\n{format_changes(changes)}\n")
+        trainer.fit([every(scale.interval, evaluate)])
+
+    newest = list_checkpoints(out / "checkpoints")[-1]
+    model = GPT.from_pretrained(newest, device=args.device)
+    sample = islice(BatchLoader(train, tokenizer, rows=8, seq_len=seq_len, overflow="carry"), 200)
+    baseline = unigram_bpb(sample, validation)
+    print(f"\n{newest} loaded again: {evaluate_bpb(model, validation)}")
+    print(f"token frequencies alone: {baseline:.4f} bits per byte\n\n{PROMPT}", end="")
+    length = scale.sample_tokens
+    for piece in stream_text(model, tokenizer, PROMPT, max_new_tokens=length, temperature=0.8, top_k=50, seed=0):
+        print(piece, end="", flush=True)
+    picture = plot_run(out / "metrics.jsonl", out / "curve.png", title=f"{out.name}", unigram_bpb=baseline)
+    print(f"\n\nthe run in a picture: {picture}\nthe model: GPT.from_pretrained({str(newest)!r})")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except TinyGPTError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,291 @@
+"""The assembled model: causality, cache, switches, swaps, files."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from tinygpt import GPT, GPTConfig
+from tinygpt.errors import CheckpointError, ConfigError
+from tinygpt.layers import LMHead, SwiGLU, TokenEmbedding, init_weights
+
+TINY: dict[str, Any] = {
+    "vocab_size": 61,
+    "max_seq_len": 24,
+    "num_layers": 4,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "dim": 32,
+    "window_pattern": "SL",
+    "short_window_tokens": 5,
+}
+SWITCHES = {
+    "rotary": False,
+    "qk_norm": False,
+    "embedding_norm": False,
+    "value_embeddings": False,
+    "residual_scales": False,
+    "x0_scales": False,
+    "smear": False,
+    "backout": False,
+    "soft_cap": None,
+    "norm_weight": True,
+    "window_pattern": "L",
+    "num_kv_heads": None,
+    "rope_clockwise": False,
+}
+
+
+def tiny_model(**changes: Any) -> GPT:
+    """A model whose every parameter matters: those that start at zero are drawn too."""
+    torch.manual_seed(0)
+    model = GPT.from_config(GPTConfig(**{**TINY, **changes}))
+    for parameter in model.parameters():
+        if (parameter == 0).all():
+            nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def test_a_later_token_never_changes_an_earlier_logit() -> None:
+    model = tiny_model()
+    ids = torch.randint(61, (1, 24))
+    logits = model(ids)
+    for t in (0, 7, 23):
+        changed = ids.clone()
+        changed[0, t] = (ids[0, t] + 1) % 61
+        other = model(changed)
+        assert torch.equal(other[:, :t], logits[:, :t])
+        assert not torch.allclose(other[:, t], logits[:, t])
+
+
+@pytest.mark.parametrize("pieces", [[24], [1] * 24, [10, 1, 1, 12], [2, 22]])
+def test_reading_with_a_cache_equals_reading_at_once(pieces: list[int]) -> None:
+    model = tiny_model()
+    ids = torch.randint(61, (3, 24))
+    cache = model.new_cache(3)
+    logits = torch.cat([model(part, cache=cache) for part in ids.split(pieces, dim=1)], dim=1)
+    assert cache.length == 24
+    torch.testing.assert_close(logits, model(ids), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("switch", SWITCHES)
+def test_each_feature_can_be_switched_off_alone_and_the_rest_learns(switch: str) -> None:
+    assert _loss_after_training(tiny_model(**{switch: SWITCHES[switch]})) < 0.1
+
+
+def test_everything_switched_off_leaves_a_plain_gpt_that_learns() -> None:
+    model = tiny_model(**{**SWITCHES, "rotary": True})
+    names = {name.split(".")[-2] if name.count(".") > 1 else name for name, _ in model.named_parameters()}
+    assert not {"smear", "backout", "value_gate", "value_embedding"} & names
+    assert not any("scale" in name for name, _ in model.named_parameters())
+    assert _loss_after_training(model) < 0.1
+
+
+def _loss_after_training(model: GPT) -> float:
+    torch.manual_seed(1)
+    ids = torch.randint(61, (2, 17))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    loss = torch.tensor(0.0)
+    for _ in range(60):
+        total, count = model.loss(ids[:, :-1], ids[:, 1:])
+        loss = total / count
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return float(loss.detach())
+
+
+def test_loss_is_the_cross_entropy_of_the_logits() -> None:
+    model = tiny_model()
+    ids = torch.randint(61, (2, 25))
+    total, count = model.loss(ids[:, :-1], ids[:, 1:])
+    reference = nn.functional.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
+    torch.testing.assert_close(total, reference)
+    torch.testing.assert_close(model.token_losses(ids[:, :-1], ids[:, 1:]).sum(), reference.detach())
+    assert int(count) == 48
+
+
+def test_a_swapped_mlp_is_used_counted_and_trained() -> None:
+    config = GPTConfig(**TINY)
+    model = GPT.from_config(config, mlp=lambda config, layer: SwiGLU(config.dim, 48 + layer))
+    assert [block.mlp.up_proj.out_features for block in model.blocks] == [48, 49, 50, 51]
+    standard = GPT.from_config(config)
+    mlp_weights = sum(3 * 32 * (48 + layer) for layer in range(4)) - 4 * 2 * 32 * 128
+    assert model.num_parameters().matrices - standard.num_parameters().matrices == mlp_weights
+    assert model.flops_per_token() - standard.flops_per_token() == 6 * mlp_weights
+    assert _loss_after_training(model) < 0.1
+
+
+def test_a_whole_block_can_be_swapped_and_own_parts_assembled() -> None:
+    class Mixer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(16, 16)
+
+        def forward(self, x: torch.Tensor, *, x0: torch.Tensor, token_ids: torch.Tensor, cache: Any = None) -> Any:
+            return x + torch.tanh(self.linear(x.cumsum(1))) + 0.1 * x0
+
+    config = GPTConfig(vocab_size=9, max_seq_len=8, num_layers=2, num_heads=2, dim=16)
+    swapped = GPT.from_config(config, block=lambda config, layer: Mixer())
+    own = GPT(embedding=TokenEmbedding(9, 16), blocks=[Mixer(), Mixer()], head=LMHead(16, 9))
+    for model in (swapped, own):
+        assert model(torch.randint(9, (2, 8))).shape == (2, 8, 9)
+    with pytest.raises(ConfigError, match="block 0 has no attention with num_kv_heads"):
+        swapped.new_cache(1)
+    with pytest.raises(ConfigError, match="no config: give new_cache the max_seq_len"):
+        own.new_cache(1)
+    with pytest.raises(ConfigError, match="assembled without a config"):
+        own.save_pretrained("never-written")
+    with pytest.raises(ConfigError, match="no config: give flops_per_token"):
+        own.flops_per_token()
+    with pytest.raises(ConfigError, match="either block"):
+        GPT.from_config(config, block=lambda c, i: Mixer(), mlp=lambda c, i: Mixer())
+    with pytest.raises(ConfigError, match="at least one block"):
+        GPT(embedding=TokenEmbedding(9, 16), blocks=[], head=LMHead(16, 9))
+
+
+def test_building_on_meta_and_drawing_later_gives_the_same_weights() -> None:
+    torch.manual_seed(5)
+    direct = GPT.from_config(GPTConfig(**TINY))
+    with torch.device("meta"):
+        later = GPT.from_config(GPTConfig(**TINY))
+    later = later.to_empty(device="cpu")
+    torch.manual_seed(5)
+    init_weights(later)
+    for (name, a), b in zip(direct.state_dict().items(), later.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    ids = torch.randint(61, (1, 24))
+    assert torch.equal(direct(ids), later(ids))
+
+
+def test_a_new_model_predicts_almost_evenly() -> None:
+    torch.manual_seed(0)
+    model = GPT.from_config(GPTConfig(**TINY))
+    ids = torch.randint(61, (4, 25))
+    total, count = model.loss(ids[:, :-1], ids[:, 1:])
+    assert float(total.detach() / count) == pytest.approx(torch.tensor(61.0).log().item(), abs=0.01)
+
+
+def test_bfloat16_compute_keeps_float32_masters_and_stays_close() -> None:
+    model = tiny_model()
+    ids = torch.randint(61, (2, 24))
+    exact = model(ids)
+    model.set_compute_dtype(torch.bfloat16, embeddings=True)
+    assert model.embedding.weight.dtype == torch.bfloat16
+    assert model.head.weight.dtype == torch.float32
+    rough = model(ids)
+    assert rough.dtype == torch.float32
+    assert (rough - exact).abs().mean() < 0.05 * exact.abs().mean()
+    model.loss(ids, ids)[0].backward()
+    assert model.blocks[0].mlp.up_proj.weight.grad.dtype == torch.float32
+    with pytest.raises(ConfigError, match=r"torch\.int8 is not a floating-point dtype"):
+        model.set_compute_dtype(torch.int8)
+
+
+def test_windows_end_with_a_full_layer_and_default_to_a_quarter() -> None:
+    config = GPTConfig.from_depth(6, max_seq_len=2048, window_pattern="SSSL")
+    assert [config.window_tokens(i) for i in range(6)] == [512, 512, 512, None, 512, None]
+    assert GPTConfig(max_seq_len=256, window_pattern="S").window_tokens(0) == 128
+    assert [config.has_value_embedding(i) for i in range(6)] == [False, True] * 3
+    assert [GPTConfig(num_layers=3).has_value_embedding(i) for i in range(3)] == [True, False, True]
+
+
+def test_from_depth_widens_with_depth() -> None:
+    for depth, dim in [(1, 128), (2, 128), (3, 256), (12, 768), (20, 1280)]:
+        config = GPTConfig.from_depth(depth)
+        assert (config.num_layers, config.dim, config.num_heads) == (depth, dim, dim // 128)
+    with pytest.raises(ConfigError, match="from_depth needs positive numbers"):
+        GPTConfig.from_depth(0)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"dim": 100, "num_heads": 6}, r"dim=100 is not divisible by num_heads=6"),
+        ({"num_kv_heads": 4}, r"num_heads=6 is not divisible by num_kv_heads=4; choose one of 1, 2, 3, 6"),
+        ({"num_layers": 0}, r"GPTConfig.num_layers=0: input should be greater than or equal to 1"),
+        ({"num_layers": True}, r"GPTConfig.num_layers=True: input should be a valid integer"),
+        ({"depth": 3}, r"GPTConfig has no field 'depth'; its fields are vocab_size"),
+        ({"window_pattern": "SX"}, r"GPTConfig.window_pattern='SX'"),
+        ({"dim": 9, "num_heads": 3}, r"rotary needs an even head width"),
+    ],
+)
+def test_a_wrong_config_says_what_is_allowed(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        GPTConfig(**fields)
+    with pytest.raises(ConfigError, match=message):
+        GPTConfig().replace(**fields)
+
+
+def test_wrong_token_ids_are_refused() -> None:
+    model = tiny_model()
+    for wrong, message in [
+        (torch.zeros(4, dtype=torch.int64), r"integers of shape \(batch, seq\), got torch.int64 of \(4,\)"),
+        (torch.zeros(1, 4), r"got torch.float32"),
+        (torch.zeros(1, 25, dtype=torch.int64), "got 25 tokens; this model takes 1 to 24"),
+        (torch.zeros(1, 0, dtype=torch.int64), "got 0 tokens"),
+        (torch.full((1, 4), 61), "token id 61 lies outside the vocabulary of 61"),
+        (torch.full((1, 4), -1), "token id -1 lies outside"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            model(wrong)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_save_and_load_give_the_same_model(tmp_path: Path, dtype: torch.dtype | None) -> None:
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    loaded = GPT.from_pretrained(tmp_path, dtype=dtype)
+    assert loaded.config == model.config
+    ids = torch.randint(61, (2, 24))
+    if dtype is None:
+        assert torch.equal(loaded(ids), model(ids))
+    assert {p.dtype for p in loaded.parameters()} == {dtype or torch.float32}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_loading_keeps_mixed_storage_as_it_was_saved(tmp_path: Path) -> None:
+    tiny_model().set_compute_dtype(torch.bfloat16, embeddings=True).save_pretrained(tmp_path)
+    loaded = GPT.from_pretrained(tmp_path)
+    assert loaded.embedding.weight.dtype == torch.bfloat16
+    assert loaded.head.weight.dtype == torch.float32
+
+
+def test_loading_a_swapped_model_needs_the_part_again(tmp_path: Path) -> None:
+    def mlp(config: GPTConfig, layer: int) -> nn.Module:
+        return SwiGLU(config.dim, 40)
+
+    GPT.from_config(GPTConfig(**TINY), mlp=mlp).save_pretrained(tmp_path)
+    with pytest.raises(
+        CheckpointError, match=r"does not fit the model: the model has no .*gate_proj.*parts of your own"
+    ):
+        GPT.from_pretrained(tmp_path)
+    assert isinstance(GPT.from_pretrained(tmp_path, mlp=mlp).blocks[0].mlp, SwiGLU)
+
+
+def test_damaged_or_foreign_files_are_refused(tmp_path: Path) -> None:
+    tiny_model().save_pretrained(tmp_path)
+    config, weights = tmp_path / "config.json", tmp_path / "model.safetensors"
+    good_config, good_weights = config.read_text(), weights.read_bytes()
+    fields = json.loads(good_config)
+    for text, message in [
+        ("{", "cannot be read"),
+        (json.dumps({**fields, "model_type": "llama"}), "not the config of a tinygpt model"),
+        (json.dumps({**fields, "format_version": 99}), "format version 99"),
+        (json.dumps({**fields, "dim": "wide"}), "GPTConfig.dim='wide'"),
+        (json.dumps({**fields, "dim": 64}), r"k_proj.weight is \(16, 32\), the model's \(32, 64\)"),
+    ]:
+        config.write_text(text)
+        with pytest.raises(CheckpointError, match=message):
+            GPT.from_pretrained(tmp_path)
+    config.write_text(good_config)
+    for content in (good_weights[:1000], b"", b"\xff" * 100):
+        weights.write_bytes(content)
+        with pytest.raises(CheckpointError, match="missing or damaged"):
+            GPT.from_pretrained(tmp_path)
+    weights.unlink()
+    with pytest.raises(CheckpointError, match="missing or damaged"):
+        GPT.from_pretrained(tmp_path)

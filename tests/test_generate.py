@@ -1,0 +1,109 @@
+import pytest
+import torch
+
+from tinygpt import GPT, GPTConfig
+from tinygpt.errors import ConfigError
+from tinygpt.generate import generate, sample_token, stream_text, stream_tokens
+from tinygpt.tokenizer import ByteTokenizer
+
+
+@pytest.fixture(scope="module")
+def model() -> GPT:
+    torch.manual_seed(0)
+    config = GPTConfig.from_depth(3, head_dim=32, width_per_layer=16, vocab_size=257, max_seq_len=48)
+    model = GPT.from_config(config.replace(window_pattern="SL", short_window_tokens=6))
+    for parameter in model.parameters():
+        if parameter.detach().abs().max() < 0.01:  # zero or nearly so at the start: make everything matter
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0.0}, {"seed": 1}, {"seed": 2, "top_k": 9, "top_p": 0.8}])
+def test_cached_text_equals_text_without_cache(model: GPT, options: dict[str, float]) -> None:
+    prompt = [256, 72, 101, 108]
+    cached = generate(model, prompt, max_new_tokens=40, **options)
+    assert cached == generate(model, prompt, max_new_tokens=40, use_cache=False, **options)
+    assert len(cached) == 40
+
+
+def test_a_seed_repeats_and_leaves_the_global_randomness_alone(model: GPT) -> None:
+    before = torch.get_rng_state()
+    first = generate(model, [256], max_new_tokens=20, seed=7)
+    assert first == generate(model, [256], max_new_tokens=20, seed=7)
+    assert first != generate(model, [256], max_new_tokens=20, seed=8)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_stop_tokens_end_the_text_and_are_left_out(model: GPT) -> None:
+    whole = generate(model, [256], max_new_tokens=20, seed=7)
+    stop = whole[8]
+    assert generate(model, [256], max_new_tokens=20, seed=7, stop_tokens=[stop]) == whole[: whole.index(stop)]
+
+
+def test_tokens_come_one_by_one_and_the_mode_is_put_back(model: GPT) -> None:
+    model.train()
+    stream = stream_tokens(model, [256], max_new_tokens=5, seed=0)
+    first = next(stream)
+    assert not model.training
+    stream.close()
+    assert model.training
+    assert first == generate(model, [256], max_new_tokens=1, seed=0)[0]
+
+
+def test_streamed_text_never_splits_a_character() -> None:
+    text = "naïve — 😀"
+    ids = [*text.encode(), 256]
+
+    class Recites(GPT):
+        """Writes one fixed text, byte by byte."""
+
+        def __init__(self) -> None:
+            super().__init__(
+                embedding=torch.nn.Embedding(257, 4), blocks=[torch.nn.Identity()], head=torch.nn.Identity()
+            )
+
+        def hidden_states(self, token_ids, *, cache=None):  # type: ignore[no-untyped-def]
+            self.position = getattr(self, "position", -1) + 1
+            return torch.nn.functional.one_hot(torch.tensor([[ids[self.position]]]), 257) * 1e4
+
+        def new_cache(self, batch, *, max_seq_len=None):  # type: ignore[no-untyped-def]
+            return object()
+
+    pieces = list(stream_text(Recites(), ByteTokenizer(), "Say:", max_new_tokens=50))
+    assert pieces == list(text)
+
+
+def test_sampling_keeps_only_what_top_k_and_top_p_allow() -> None:
+    logits = torch.tensor([[0.0, 3.0, 2.0, 1.0]]).expand(4000, 4)
+    generator = torch.Generator().manual_seed(0)
+    assert set(sample_token(logits, top_k=2, generator=generator).tolist()) == {1, 2}
+    # Probabilities 0.032, 0.644, 0.237, 0.087: the first two reach 0.8, three are needed for 0.9.
+    assert set(sample_token(logits, top_p=0.8, generator=generator).tolist()) == {1, 2}
+    assert set(sample_token(logits, top_p=0.9, generator=generator).tolist()) == {1, 2, 3}
+    assert set(sample_token(logits, top_p=1e-9, generator=generator).tolist()) == {1}
+    assert set(sample_token(logits, temperature=1e-30, generator=generator).tolist()) == {1}
+
+
+def test_sampled_shares_follow_softmax_at_the_temperature() -> None:
+    logits = torch.tensor([[1.0, 0.0, -1.0]]).expand(40_000, 3)
+    tokens = sample_token(logits, temperature=0.7, generator=torch.Generator().manual_seed(0))
+    shares = torch.bincount(tokens, minlength=3) / 40_000
+    torch.testing.assert_close(shares, (logits[0] / 0.7).softmax(0), atol=0.01, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"token_ids": []}, "the prompt is empty"),
+        ({"max_new_tokens": -1}, "max_new_tokens=-1"),
+        ({"max_new_tokens": 48}, r"exceed the model's context of 48; ask for at most 47"),
+        ({"temperature": -1.0}, "temperature=-1.0"),
+        ({"temperature": float("nan")}, "temperature=nan"),
+        ({"top_k": 0}, "top_k=0"),
+        ({"top_p": 1.5}, "top_p=1.5"),
+    ],
+)
+def test_bad_options_are_refused_before_the_first_token(model: GPT, options: dict[str, object], message: str) -> None:
+    arguments = {"token_ids": [256], "max_new_tokens": 4} | options
+    with pytest.raises(ConfigError, match=message):
+        stream_tokens(model, **arguments)  # type: ignore[arg-type]

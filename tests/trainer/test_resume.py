@@ -1,0 +1,269 @@
+"""Stopping and going on: bit for bit, in new processes, at any moment, and never with an unseen change."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tinygpt import GPT, GPTConfig, Trainer, TrainerConfig
+from tinygpt.checkpoint import latest_checkpoint, list_checkpoints, load_state
+from tinygpt.data import BatchLoader, TextDocuments
+from tinygpt.errors import CheckpointError
+from tinygpt.metrics import read_metrics
+from tinygpt.optim import MuonAdamW
+from tinygpt.schedules import warmup_stable_decay
+from tinygpt.tokenizer import ByteTokenizer, load_tokenizer
+from tinygpt.trainer import format_changes
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "reproduce_rtx4070_d12.py"
+TEXTS = [f"document {number} " * (number % 7 + 1) for number in range(40)]
+
+
+def make_trainer(
+    out: Path, *, texts: list[str] = TEXTS, horizon: int = 12, model: dict[str, Any] | None = None, **config: Any
+) -> Trainer:
+    torch.manual_seed(0)
+    settings = {"head_dim": 16, "width_per_layer": 16, "vocab_size": 257, "max_seq_len": 16, **(model or {})}
+    gpt = GPT.from_config(GPTConfig.from_depth(2, **settings))
+    loader = BatchLoader(TextDocuments(texts), ByteTokenizer(), rows=2, seq_len=16, buffer_documents=8)
+    return Trainer(
+        gpt,
+        MuonAdamW.for_model(gpt),
+        loader,
+        TrainerConfig(**{"num_steps": 12, "batch_tokens": 64, "out_dir": str(out), "save_every": 4, **config}),
+        schedules={"lr": warmup_stable_decay(horizon, warmup_steps=2, decay_fraction=0.5)},
+    )
+
+
+def assert_same_checkpoint(a: Path, b: Path) -> None:
+    """Weights, moments, loader and rates equal bit for bit; the clock, and randomness nobody seeded, may differ."""
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        assert (a / name).read_bytes() == (b / name).read_bytes(), name
+    states = [load_state(folder) for folder in (a, b)]
+    for state in states:
+        del state["elapsed_seconds"], state["random"]["numpy"], state["random"]["python"], state["optimizer"]
+        tensors = state["loader"].pop("tensors") | {"torch": state["random"].pop("torch")}
+        state["tensors"] = {name: tensor.tolist() for name, tensor in tensors.items()}
+    assert states[0] == states[1]
+
+
+def losses(out: Path) -> list[float]:
+    return [record["loss"] for record in read_metrics(out / "metrics.jsonl") if record["event"] == "step"]
+
+
+@pytest.mark.parametrize("optimizer", [MuonAdamW.for_model, torch.optim.AdamW])
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path: Path, optimizer: Any) -> None:
+    def trainer(out: Path) -> Trainer:
+        built = make_trainer(out)
+        if optimizer is not torch.optim.AdamW:
+            return built
+        torch_adamw = torch.optim.AdamW(built.model.parameters(), lr=0.01)
+        return Trainer(built.model, torch_adamw, built.loader, built.config, schedules=built.rates.schedules)
+
+    list(trainer(tmp_path / "whole"))
+    for step in trainer(tmp_path / "parts"):
+        torch.rand(3)  # a user's draw, such as sampling, is part of the state as well
+        if step.index == 5:  # after the checkpoint of step 4: two steps are done again
+            break
+    resumed = trainer(tmp_path / "parts")
+    assert resumed.resume() == []
+    assert resumed.next_step == 4
+    list(resumed)
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        whole, parts = (tmp_path / run / "checkpoints" / "step-000012" / name for run in ("whole", "parts"))
+        assert whole.read_bytes() == parts.read_bytes()
+
+
+def test_a_checkpoint_is_a_model_and_a_tokenizer_of_its_own(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, num_steps=2)
+    list(trainer)
+    folder = tmp_path / "checkpoints" / "step-000002"
+    ids = torch.tensor([[256, *b"document"]])
+    assert torch.equal(GPT.from_pretrained(folder)(ids), trainer.model(ids))
+    assert load_tokenizer(folder).fingerprint() == ByteTokenizer().fingerprint()
+
+
+def interrupted_at_four(out: Path) -> None:
+    list(make_trainer(out, num_steps=4))
+
+
+def test_a_longer_run_on_the_planned_schedule_is_harmless_and_said(tmp_path: Path) -> None:
+    interrupted_at_four(tmp_path)
+    trainer = make_trainer(tmp_path)
+    changes = trainer.resume()
+    assert changes is not None
+    assert [(c.name, c.was, c.will_be, c.topic) for c in changes] == [("num_steps", 4, 12, None)]
+    assert format_changes(changes).splitlines() == ["           was  will be  factor", "num_steps  4    12       x 3"]
+    recorded = [r for r in read_metrics(tmp_path / "metrics.jsonl") if r["event"] == "resume"]
+    assert recorded[0]["changes"] == [["num_steps", 4, 12]]
+
+
+def test_a_jump_in_learning_rate_is_refused_with_numbers_until_accepted(tmp_path: Path) -> None:
+    list(make_trainer(tmp_path, horizon=4, num_steps=4))  # decayed to zero
+    trainer = make_trainer(tmp_path, horizon=12)
+    before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    with pytest.raises(CheckpointError, match=r"(?s)lr \(muon.* 0 +0\.02.*keep the schedule.*accept=\['schedule'\]"):
+        trainer.resume()
+    assert trainer.next_step == 0
+    assert all(torch.equal(tensor, before[name]) for name, tensor in trainer.model.state_dict().items())
+    changes = trainer.resume(accept=["schedule"])
+    assert changes is not None
+    assert any(c.name.startswith("lr (muon") and (c.was, c.will_be) == (0.0, 0.02) for c in changes)
+    assert next(iter(trainer)).lr == 0.02
+
+
+def test_a_small_change_of_rates_passes_and_is_said(tmp_path: Path) -> None:
+    interrupted_at_four(tmp_path)
+    trainer = make_trainer(tmp_path)
+    trainer = Trainer(
+        trainer.model, MuonAdamW.for_model(trainer.model, lr=0.015), trainer.loader, trainer.config,
+        schedules=trainer.rates.schedules,
+    )  # fmt: skip
+    changes = trainer.resume()
+    assert changes is not None
+    assert [(c.was, c.will_be) for c in changes if c.name.startswith("lr (muon")] == [(0.02, 0.015)]
+    # The new rate is used though the optimizer state holds the old one.
+    assert next(iter(trainer)).lr == pytest.approx(0.015)
+
+
+def test_other_data_is_refused_until_accepted(tmp_path: Path) -> None:
+    interrupted_at_four(tmp_path)
+    other = [*TEXTS, "one more"]
+    with pytest.raises(CheckpointError, match=r"(?s)source_fingerprint.*accept=\['data'\]"):
+        make_trainer(tmp_path, texts=other).resume()
+    trainer = make_trainer(tmp_path, texts=other)
+    assert trainer.resume(accept=["data"]) is not None
+    assert trainer.next_step == 4
+
+
+def test_another_model_is_refused(tmp_path: Path) -> None:
+    interrupted_at_four(tmp_path)
+    with pytest.raises(CheckpointError, match=r"(?s)model soft_cap +15 +30 .*accept=\['model'\]"):
+        make_trainer(tmp_path, model={"soft_cap": 30.0}).resume()
+    wider = make_trainer(tmp_path, model={"hidden_dim": 80})
+    with pytest.raises(CheckpointError, match="does not fit this run"):
+        wider.resume(accept=["model"])
+
+
+def test_other_loader_settings_are_refused(tmp_path: Path) -> None:
+    interrupted_at_four(tmp_path)
+    trainer = make_trainer(tmp_path)
+    trainer.loader = BatchLoader(TextDocuments(TEXTS), ByteTokenizer(), rows=4, seq_len=16, buffer_documents=8)
+    with pytest.raises(CheckpointError, match="rows"):
+        trainer.resume()
+
+
+def test_an_unknown_topic_to_accept_is_refused(tmp_path: Path) -> None:
+    interrupted_at_four(tmp_path)
+    with pytest.raises(
+        CheckpointError, match=r"accept=\['everything'\] is not known; choose from data, model, schedule"
+    ):
+        make_trainer(tmp_path).resume(accept=["everything"])
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over_with_a_warning(tmp_path: Path) -> None:
+    list(make_trainer(tmp_path, num_steps=8))
+    weights = tmp_path / "checkpoints" / "step-000008" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-5] ^= 4
+    weights.write_bytes(content)
+    trainer = make_trainer(tmp_path)
+    with pytest.warns(UserWarning, match=r"passing over a damaged checkpoint.*step-000008"):
+        trainer.resume()
+    assert trainer.next_step == 4
+
+
+def test_there_may_be_nothing_to_resume(tmp_path: Path) -> None:
+    assert make_trainer(tmp_path).resume() is None
+
+
+def run_example(out: Path, *options: str, **popen: Any) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-W", "error", str(EXAMPLE), "--scale", "smoke", "--out", str(out), *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        **popen,
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    return output
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("whole")
+    output = finish(run_example(out))
+    for part in ("every rate goes on as planned", "resumed at step 4", "loaded again", "curve.png"):
+        assert part in output
+    assert (out / "curve.png").read_bytes().startswith(b"\x89PNG")
+    return out
+
+
+def wait_for_step(out: Path, step: int) -> None:
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline:
+        if any(r.get("step", -1) >= step for r in read_metrics(out / "metrics.jsonl")):
+            return
+        time.sleep(0.01)
+    raise AssertionError("the run did not get that far")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of this kind are Unix's")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_the_example_killed_and_run_again_ends_bit_identical(tmp_path: Path, whole_run: Path, number: int) -> None:
+    process = run_example(tmp_path)
+    wait_for_step(tmp_path, 5)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    if number == signal.SIGKILL:
+        assert process.returncode == -number
+    else:
+        assert process.returncode == 128 + number, output
+        assert "the state is saved in" in output
+        assert "to go on, run the same program" in output
+    finish(run_example(tmp_path))
+    assert losses(tmp_path) == losses(whole_run)
+    assert_same_checkpoint(*(out / "checkpoints" / "step-000012" for out in (tmp_path, whole_run)))
+
+
+def test_the_documented_recipe_says_what_jumps_before_it_starts(tmp_path: Path) -> None:
+    output = finish(run_example(tmp_path, "--recipe", "documented"))
+    assert "at resume   step 4: lr 0.05 -> 1" in output
+    assert "muon.weight_decay 0 -> 0.75" in output
+    resumed = [r for r in read_metrics(tmp_path / "metrics.jsonl") if r["event"] == "resume"]
+    assert any(name.startswith("lr (") for name, _, _ in resumed[0]["changes"])
+
+
+def test_running_a_finished_example_again_changes_nothing(whole_run: Path) -> None:
+    before = (whole_run / "checkpoints" / "step-000012" / "manifest.json").read_bytes()
+    assert "loaded again" in finish(run_example(whole_run))
+    assert (whole_run / "checkpoints" / "step-000012" / "manifest.json").read_bytes() == before
+
+
+def test_a_mistake_on_the_command_line_is_one_sentence(tmp_path: Path) -> None:
+    process = run_example(tmp_path, "--data", "no/such/place", "--validation", "nothing.txt")
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert "no/such/place" in output
+    assert "Traceback" not in output
+    assert os.listdir(tmp_path) == []
+
+
+def test_manifest_lists_every_file(whole_run: Path) -> None:
+    folder = latest_checkpoint(whole_run / "checkpoints")
+    assert folder is not None
+    listed = json.loads((folder / "manifest.json").read_text())["files"].keys()
+    assert {path.name for path in folder.iterdir()} == {*listed, "manifest.json"}
+    assert len(list_checkpoints(whole_run / "checkpoints")) == 3
