@@ -240,7 +240,7 @@ def test_the_example_killed_and_run_again_ends_bit_identical(tmp_path: Path, who
 
 def test_the_documented_recipe_says_what_jumps_before_it_starts(tmp_path: Path) -> None:
     output = finish(run_example(tmp_path, "--recipe", "documented"))
-    assert "at resume   step 4: lr 0.05 -> 1" in output
+    assert "at resume  step 4: lr 0.05 -> 1" in output
     assert "muon.weight_decay 0 -> 0.75" in output
     resumed = [r for r in read_metrics(tmp_path / "metrics.jsonl") if r["event"] == "resume"]
     assert any(name.startswith("lr (") for name, _, _ in resumed[0]["changes"])
