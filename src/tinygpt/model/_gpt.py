@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tinygpt import hub
 from tinygpt.errors import ConfigError
-from tinygpt.layers import Backout, CausalSelfAttention, KVCache, LayerCache, LMHead, RMSNorm, Smear, TokenEmbedding
+from tinygpt.layers import Backout, KVCache, LayerCache, LMHead, RMSNorm, Smear, TokenEmbedding
 from tinygpt.model._config import GPTConfig
 from tinygpt.model._files import WEIGHTS_FILE, read_config, read_weights, write_model
 from tinygpt.model._parts import PartFactory, StandardAttention, standard_block, standard_mlp
@@ -256,6 +256,9 @@ class GPT(nn.Module):
     def flops_per_token(self, seq_len: int | None = None) -> int:
         """Return training FLOPs a token: 6 x parameters of matrix products, plus attention with its windows.
 
+        Products are counted over all `nn.Linear`; a part of your own adds what else it costs by a method
+        `flops_per_token(seq_len)`, as `CausalSelfAttention` does.
+
         Args:
             seq_len: Length of the sequences; `None` for `max_seq_len`.
 
@@ -266,8 +269,8 @@ class GPT(nn.Module):
         if length is None:
             raise ConfigError("this GPT has no config: give flops_per_token the seq_len you train with.")
         products = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
-        attention = sum(m.flops_per_token(length) for m in self.modules() if isinstance(m, CausalSelfAttention))
-        return 6 * products + attention
+        parts: list[Any] = [m for m in self.modules() if m is not self and hasattr(m, "flops_per_token")]
+        return 6 * products + sum(part.flops_per_token(length) for part in parts)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `config.json` and `model.safetensors`; existing ones are replaced only when the new ones are whole.

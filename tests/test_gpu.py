@@ -1,0 +1,116 @@
+"""What only a CUDA device can show: the same numbers as on the CPU, bfloat16, compiled blocks, exact resume."""
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nanochat_names import read_recording
+from tinygpt import GPT, GPTConfig, Trainer, TrainerConfig
+from tinygpt.data import Batch, BatchLoader, TextDocuments
+from tinygpt.generate import generate
+from tinygpt.layers import causal_attention
+from tinygpt.metrics import read_metrics
+from tinygpt.optim import MuonAdamW, nanochat_rules, orthogonalize, param_groups
+from tinygpt.tokenizer import ByteTokenizer
+
+pytestmark = pytest.mark.gpu
+
+
+def make_model(**config: Any) -> GPT:
+    torch.manual_seed(0)
+    settings = {"head_dim": 64, "vocab_size": 257, "max_seq_len": 256, **config}
+    return GPT.from_config(GPTConfig.from_depth(4, **settings))
+
+
+@pytest.mark.parametrize("name", ["all_blocks", "gqa"])
+def test_float32_logits_and_gradients_are_those_recorded(name: str) -> None:
+    recording = read_recording(name)
+    model = GPT.from_config(recording.config)
+    model.load_state_dict(recording.weights)
+    model.cuda()
+    inputs, targets = recording.inputs[0].cuda(), recording.targets[0].cuda()
+    expected = recording.expected["logits"]
+    assert (model(inputs).cpu() - expected).abs().max() <= 1e-3 * expected.abs().max()
+    total, count = model.loss(inputs, targets)
+    (total / count).backward()
+    expected_gradients = recording.named("grad.")
+    for parameter_name, parameter in model.named_parameters():
+        assert parameter.grad is not None
+        reference = expected_gradients[parameter_name]
+        error = torch.linalg.vector_norm(parameter.grad.cpu() - reference) / torch.linalg.vector_norm(reference)
+        assert error <= 1e-2, f"{parameter_name}: {error:.1e}"
+
+
+@pytest.mark.parametrize("window", [None, 40])
+def test_attention_in_bfloat16_stays_close_to_float32(window: int | None) -> None:
+    q, k, v = torch.randn(3, 2, 4, 256, 64, device="cuda")
+    exact = causal_attention(q, k, v, window_tokens=window)
+    rough = causal_attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), window_tokens=window)
+    assert (rough.float() - exact).abs().mean() < 0.02
+
+
+def test_orthogonalization_runs_in_bfloat16_by_default_and_stays_close() -> None:
+    matrices = torch.randn(3, 96, 160, device="cuda")
+    singular_values = torch.linalg.svdvals(orthogonalize(matrices).float())
+    assert singular_values.min() > 0.6
+    assert singular_values.max() < 1.4
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.filterwarnings("ignore")  # the compiler warns about itself
+def test_bfloat16_training_learns_one_batch_by_heart(compiled: bool) -> None:
+    model = make_model().cuda().set_compute_dtype(torch.bfloat16, embeddings=True)
+    ids = torch.randint(256, (4, 129))
+    optimizer = MuonAdamW(param_groups(model, nanochat_rules(model_dim=256, batch_lr_scale=0.5)))
+    batches = itertools.repeat(Batch(ids[:, :-1], ids[:, 1:]))
+    trainer = Trainer(model, optimizer, batches, TrainerConfig(num_steps=120, compile=compiled))
+    steps = list(trainer)
+    assert steps[-1].loss < 0.1
+    assert trainer.precision == torch.bfloat16
+    assert (steps[-1].peak_memory_bytes or 0) > 0
+
+
+def test_full_logits_never_exist_while_training() -> None:
+    model = make_model(vocab_size=32_768).cuda().set_compute_dtype(torch.bfloat16)
+    ids = torch.randint(32_768, (16, 256), device="cuda")
+    model.loss(ids, ids)[0].backward()  # gradients exist from here on
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    model.loss(ids, ids)[0].backward()
+    full_logits = 16 * 256 * 32_768 * 4
+    assert torch.cuda.max_memory_allocated() - before < 2 * full_logits
+
+
+def test_cached_greedy_text_equals_text_without_cache() -> None:
+    model = make_model().cuda()
+    torch.nn.init.normal_(model.head.weight, std=0.3)
+    cached = generate(model, [256, 5], max_new_tokens=40, temperature=0)
+    assert cached == generate(model, [256, 5], max_new_tokens=40, temperature=0, use_cache=False)
+
+
+def test_a_resumed_run_repeats_the_losses(tmp_path: Path) -> None:
+    def trainer(out: Path) -> Trainer:
+        model = make_model().cuda().set_compute_dtype(torch.bfloat16, embeddings=True)
+        loader = BatchLoader(TextDocuments(["some text " * 90, "more"] * 9), ByteTokenizer(), rows=2, seq_len=128)
+        config = TrainerConfig(num_steps=10, out_dir=str(out), save_every=4)
+        return Trainer(model, MuonAdamW.for_model(model), loader, config)
+
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        list(trainer(tmp_path / "whole"))
+        for step in trainer(tmp_path / "parts"):
+            if step.index == 5:
+                break
+        resumed = trainer(tmp_path / "parts")
+        resumed.resume()
+        list(resumed)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    losses = [
+        [r["loss"] for r in read_metrics(tmp_path / run / "metrics.jsonl") if r["event"] == "step"]
+        for run in ("whole", "parts")
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
