@@ -111,7 +111,7 @@ def test_every_flipped_bit_and_every_truncation_is_found(tmp_path: Path) -> None
         ("[]", "not a JSON object"),
         ("{", "missing or damaged"),
         ('{"format_version": 2, "files": {}}', "format version 2"),
-        ('{"format_version": 1, "files": {}}', "does not list the state files"),
+        ('{"format_version": 1, "files": {}}', "it lists no files"),
     ],
 )
 def test_a_foreign_manifest_is_refused(tmp_path: Path, document: str, message: str) -> None:

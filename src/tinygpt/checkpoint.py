@@ -15,34 +15,47 @@ step-000500/
 No file holds code: JSON and safetensors only.
 """
 
-import hashlib
+import contextlib
 import json
 import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tinygpt.errors import CheckpointError
+from tinygpt.errors import CheckpointError, ConfigError
+from tinygpt.manifest import FORMAT_VERSION, check_manifest, read_json, write_manifest
 
-FORMAT_VERSION = 1
 STATE_FILE = "state.json"
 TENSOR_FILE = "state.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
-MANIFEST_FILE = "manifest.json"
+RUN_FILE = "run.json"
 _STEP_FOLDER = re.compile(r"step-(\d{6,})")
 
 
 def checkpoint_folder(parent: str | Path, step: int) -> Path:
     """Return the folder of the checkpoint taken when `step` steps were done, such as `step-000500`."""
     return Path(parent) / f"step-{step:06d}"
+
+
+def checkpoint_step(folder: str | Path) -> int:
+    """Return the number of steps done in a checkpoint, from the name of its folder.
+
+    Raises:
+        CheckpointError: If the name is not that of a checkpoint.
+    """
+    match = _STEP_FOLDER.fullmatch(Path(folder).name)
+    if match is None:
+        raise CheckpointError(f"{folder} is not named like a checkpoint, step-000500 for example.")
+    return int(match[1])
 
 
 def save_state(folder: str | Path, state: dict[str, Any], *, write_files: Callable[[Path], None] | None = None) -> Path:
@@ -75,11 +88,10 @@ def save_state(folder: str | Path, state: dict[str, Any], *, write_files: Callab
             write_files(temporary)
         for name in (OPTIMIZER_FILE, TENSOR_FILE):
             save_file({k: v for k, v in tensors.items() if _tensor_file(k) == name}, temporary / name)
-        _write_json(temporary / STATE_FILE, {"format_version": FORMAT_VERSION, "state": plain})
-        files = sorted(path for path in temporary.rglob("*") if path.is_file())
-        entries = {p.relative_to(temporary).as_posix(): {"size": p.stat().st_size, "sha256": _sha256(p)} for p in files}
-        _write_json(temporary / MANIFEST_FILE, {"format_version": FORMAT_VERSION, "files": entries})
-        for path in [*files, temporary / MANIFEST_FILE, temporary]:
+        document = json.dumps({"format_version": FORMAT_VERSION, "state": plain}, indent=1)
+        (temporary / STATE_FILE).write_text(document, encoding="utf-8")
+        write_manifest(temporary)
+        for path in [*temporary.rglob("*"), temporary]:
             _sync(path)
         if folder.exists():
             shutil.rmtree(replaced, ignore_errors=True)
@@ -87,11 +99,13 @@ def save_state(folder: str | Path, state: dict[str, Any], *, write_files: Callab
         temporary.rename(folder)
         _sync(folder.parent)
         shutil.rmtree(replaced, ignore_errors=True)
-    except (OSError, SafetensorError) as error:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if replaced.exists() and not folder.exists():
             replaced.rename(folder)
-        raise CheckpointError(f"the checkpoint {folder} could not be written: {error}.") from error
+        if isinstance(error, OSError | SafetensorError):
+            raise CheckpointError(f"the checkpoint {folder} could not be written: {error}.") from error
+        raise
     return folder
 
 
@@ -103,7 +117,10 @@ def load_state(folder: str | Path) -> dict[str, Any]:
     """
     folder = Path(folder)
     verify(folder)
-    document = _read_json(folder / STATE_FILE)
+    document = read_json(folder / STATE_FILE)
+    version = document.get("format_version")
+    if version != FORMAT_VERSION:
+        raise CheckpointError(f"{folder} has a state of version {version}; this tinygpt reads {FORMAT_VERSION}.")
     try:
         tensors = load_file(folder / TENSOR_FILE) | load_file(folder / OPTIMIZER_FILE)
         state = _with_tensors(document["state"], tensors)
@@ -114,8 +131,8 @@ def load_state(folder: str | Path) -> dict[str, Any]:
     return state
 
 
-def verify(folder: str | Path) -> None:
-    """Check size and sha256 of every file that the manifest names.
+def verify(folder: str | Path) -> set[str]:
+    """Check size and sha256 of every file that the manifest names; return their names.
 
     Raises:
         CheckpointError: If one is missing or differs, or the manifest itself is missing or of another version.
@@ -123,25 +140,10 @@ def verify(folder: str | Path) -> None:
     folder = Path(folder)
     if not folder.is_dir():
         raise CheckpointError(f"there is no checkpoint folder {folder}.")
-    manifest = _read_json(folder / MANIFEST_FILE)
-    version = manifest.get("format_version")
-    if version != FORMAT_VERSION:
-        raise CheckpointError(f"{folder} has format version {version}; this tinygpt reads version {FORMAT_VERSION}.")
-    files = manifest.get("files")
-    if not isinstance(files, dict) or not {STATE_FILE, TENSOR_FILE, OPTIMIZER_FILE} <= files.keys():
-        raise CheckpointError(f"{folder / MANIFEST_FILE} is damaged: it does not list the state files.")
-    for name, entry in files.items():
-        path = folder / name
-        try:
-            if ".." in Path(name).parts or Path(name).is_absolute() or path.is_symlink():
-                raise CheckpointError(f"{folder}: {name} is a link or lies outside the checkpoint.")
-            size = path.stat().st_size
-            if size != entry["size"]:
-                raise CheckpointError(f"{path} is damaged: {size} bytes instead of {entry['size']}.")
-            if _sha256(path) != entry["sha256"]:
-                raise CheckpointError(f"{path} is damaged: its sha256 is not the one in {MANIFEST_FILE}.")
-        except (OSError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{path} is missing or cannot be read: {error}.") from None
+    names = check_manifest(folder)
+    if missing := {STATE_FILE, TENSOR_FILE, OPTIMIZER_FILE} - names:
+        raise CheckpointError(f"{folder} is not a whole checkpoint: its manifest lacks {', '.join(sorted(missing))}.")
+    return names
 
 
 def list_checkpoints(parent: str | Path) -> list[Path]:
@@ -149,17 +151,17 @@ def list_checkpoints(parent: str | Path) -> list[Path]:
     parent = Path(parent)
     if not parent.is_dir():
         return []
-    found = [(int(match[1]), path) for path in parent.iterdir() if (match := _STEP_FOLDER.fullmatch(path.name))]
-    return [path for _, path in sorted(found) if path.is_dir()]
+    found = [path for path in parent.iterdir() if _STEP_FOLDER.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=checkpoint_step)
 
 
 def latest_checkpoint(parent: str | Path) -> Path | None:
-    """Return the newest whole checkpoint in a folder, or `None`; a damaged one is passed over with a warning."""
-    for replaced in Path(parent).glob(".step-*.old"):
-        # A process died between the two renames of save_state: the new one is lost, the old one is whole.
-        original = replaced.with_name(replaced.name.removeprefix(".").removesuffix(".old"))
-        if not original.exists():
-            replaced.rename(original)
+    """Return the newest whole checkpoint in a folder, or `None`; a damaged one is passed over with a warning.
+
+    If a process died while it replaced a checkpoint, the replaced one is put back first.
+    """
+    with contextlib.suppress(OSError):  # a folder that can only be read is read as it is
+        _put_back(Path(parent))
     for folder in reversed(list_checkpoints(parent)):
         try:
             verify(folder)
@@ -170,14 +172,71 @@ def latest_checkpoint(parent: str | Path) -> Path | None:
     return None
 
 
-def remove_old_checkpoints(parent: str | Path, *, keep_last: int) -> None:
-    """Delete all but the newest `keep_last` checkpoints, and what an interrupted save left behind."""
+def remove_old_checkpoints(parent: str | Path, *, keep_last: int, keep: Path | None = None) -> None:
+    """Delete all but the newest `keep_last` checkpoints, and what an interrupted save left behind.
+
+    Args:
+        parent: Folder of the checkpoints.
+        keep_last: How many to keep, at least 1.
+        keep: One more that stays whatever its step.
+
+    Raises:
+        ConfigError: If `keep_last` is not positive.
+    """
+    if keep_last < 1:
+        raise ConfigError(f"keep_last={keep_last} must be at least 1; None keeps all checkpoints of a run.")
     parent = Path(parent)
-    for folder in list_checkpoints(parent)[:-keep_last]:
-        # Out of sight first: a deletion cut short must not leave something that looks like a checkpoint.
-        folder.rename(folder.with_name(f".{folder.name}.deleted"))
+    _put_back(parent)
     for leftover in [*parent.glob(".step-*.deleted"), *parent.glob(".step-*.tmp")]:
         shutil.rmtree(leftover, ignore_errors=True)
+    for folder in list_checkpoints(parent)[:-keep_last]:
+        if folder != keep:
+            # Out of sight first: a deletion cut short must not leave something that looks like a checkpoint.
+            doomed = folder.rename(folder.with_name(f".{folder.name}.deleted"))
+            shutil.rmtree(doomed, ignore_errors=True)
+
+
+def claim_run_folder(folder: str | Path, identity: Mapping[str, Any]) -> None:
+    """Write what makes this run the run it is into the folder's `run.json`, or compare with what is there.
+
+    A program that is run again with other settings then stops, instead of going on with or showing another run's
+    results as its own.
+
+    Args:
+        folder: The run's folder.
+        identity: JSON values by name, such as recipe, seed and data fingerprint.
+
+    Raises:
+        CheckpointError: If the folder belongs to a run with another identity, or cannot be written.
+    """
+    path = Path(folder) / RUN_FILE
+    if path.exists():
+        there = read_json(path)
+        different = [
+            f"{name} was {there.get(name)!r} and is {identity.get(name)!r}"
+            for name in [*there, *(name for name in identity if name not in there)]
+            if there.get(name) != identity.get(name)
+        ]
+        if different:
+            raise CheckpointError(f"{folder} belongs to another run: {'; '.join(different)}. Choose another folder.")
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(dict(identity), indent=1) + "\n", encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        raise CheckpointError(f"the run's folder {folder} cannot be written: {error}.") from None
+
+
+def _put_back(parent: Path) -> None:
+    """Finish what a process that died between the renames of `save_state` began: keep the one that is whole."""
+    for replaced in parent.glob(".step-*.old"):
+        original = replaced.with_name(replaced.name.removeprefix(".").removesuffix(".old"))
+        if original.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
+        else:
+            replaced.rename(original)
 
 
 def _tensor_file(name: str) -> str:
@@ -201,6 +260,8 @@ def _without_tensors(value: Any, tensors: dict[str, Tensor], path: tuple[str, ..
     if isinstance(value, tuple | list):
         parts = [_without_tensors(item, tensors, (*path, str(index))) for index, item in enumerate(value)]
         return {"$tuple": parts} if isinstance(value, tuple) else parts
+    if isinstance(value, np.generic):
+        return value.item()
     if value is None or isinstance(value, bool | int | float | str):
         return value
     raise CheckpointError(f"a checkpoint holds numbers, strings and tensors; {type(value).__name__} is none of them.")
@@ -218,25 +279,6 @@ def _with_tensors(value: Any, tensors: dict[str, Tensor]) -> Any:
     if "$items" in value:
         return {_with_tensors(k, tensors): _with_tensors(v, tensors) for k, v in value["$items"]}
     return {key: _with_tensors(item, tensors) for key, item in value.items()}
-
-
-def _write_json(path: Path, document: dict[str, Any]) -> None:
-    path.write_text(json.dumps(document, indent=1), encoding="utf-8")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise CheckpointError(f"{path} is missing or damaged: {error}.") from None
-    if not isinstance(document, dict):
-        raise CheckpointError(f"{path} is damaged: it is not a JSON object.")
-    return document
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sync(path: Path) -> None:

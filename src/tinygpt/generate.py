@@ -6,9 +6,11 @@ from collections.abc import Collection, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from tinygpt.errors import ConfigError
+from tinygpt.errors import ConfigError, NonFiniteError
 from tinygpt.model import GPT
 from tinygpt.tokenizer import Tokenizer
+
+_GREEDY_TEMPERATURE = 1e-6
 
 
 def sample_token(
@@ -23,7 +25,7 @@ def sample_token(
 
     Args:
         logits: `(batch, vocab)`.
-        temperature: Divides the logits; 0 takes the most likely token.
+        temperature: Divides the logits; 0, and anything below 1e-6, takes the most likely token.
         top_k: Keep the `k` most likely tokens; `None` for all.
         top_p: Keep the fewest most likely tokens whose probabilities reach `p`; `None` for all. Applied after `top_k`.
         generator: Source of randomness on the device of `logits`; `None` for torch's global one.
@@ -39,13 +41,13 @@ def sample_token(
         Degeneration](https://arxiv.org/abs/1904.09751), 2019.
     """
     _check_sampling(temperature, top_k, top_p)
-    if temperature == 0:
+    if temperature < _GREEDY_TEMPERATURE:
         return logits.argmax(dim=-1)
-    # Shifted first, so that a tiny temperature makes the others vanish instead of everything overflow.
+    # Shifted first, so that a small temperature makes the others vanish instead of everything overflow.
     scaled = (logits.float() - logits.amax(dim=-1, keepdim=True)) / temperature
     if top_k is not None and top_k < scaled.shape[-1]:
-        threshold = scaled.topk(top_k, dim=-1).values[:, -1:]
-        scaled = scaled.masked_fill(scaled < threshold, float("-inf"))
+        best = scaled.topk(top_k, dim=-1)
+        scaled = torch.full_like(scaled, float("-inf")).scatter(1, best.indices, best.values)
     if top_p is not None and top_p < 1:
         ordered, order = scaled.sort(dim=-1, descending=True)
         probabilities = ordered.softmax(dim=-1)
@@ -95,7 +97,9 @@ def stream_tokens(
     Raises:
         ConfigError: If the prompt is empty, prompt and new tokens exceed the model's context, or an option is out of
             range.
+        NonFiniteError: If the model gives logits that are not finite.
     """
+    token_ids = [int(token) for token in token_ids]
     if not token_ids:
         raise ConfigError("the prompt is empty: give at least one token, usually the tokenizer's bos_token_id.")
     if max_new_tokens < 0:
@@ -110,7 +114,7 @@ def stream_tokens(
     device = next(model.parameters()).device
     return _stream(
         model,
-        torch.tensor([list(token_ids)], device=device),
+        torch.tensor([token_ids], device=device),
         max_new_tokens,
         (temperature, top_k, top_p, None if seed is None else torch.Generator(device).manual_seed(seed)),
         frozenset(stop_tokens),
@@ -133,9 +137,12 @@ def _stream(
     try:
         unread = tokens
         for _ in range(max_new_tokens):
-            with torch.inference_mode():
+            # Every new length would be compiled anew, until torch gives up and runs training eagerly as well.
+            with torch.inference_mode(), torch.compiler.set_stance("force_eager"):
                 # Only the last position is needed: the head, a third of a small model, runs on one token.
                 logits = model.head(model.hidden_states(unread, cache=cache)[:, -1])
+                if not bool(logits.isfinite().all()):
+                    raise NonFiniteError("the model's logits are not finite: its weights are damaged or diverged.")
                 token = sample_token(logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
             if int(token) in stop_tokens:
                 return

@@ -131,7 +131,7 @@ def upload_folder(
         ```
     """
     source = Path(folder).expanduser()
-    if not source.is_dir():
+    if not str(folder) or not source.is_dir():  # an empty setting must not publish the working directory
         raise HubError(f"{str(folder)!r} is not an existing folder; save the model first, then upload its folder.")
     if not _REPO_ID.fullmatch(repo_id):
         raise HubError(f"{repo_id!r} is not a Hub name; give 'user/repo', in letters, digits, '-', '_' and '.'.")

@@ -4,6 +4,7 @@ With masked targets the mean of micro-batch means is wrong; sums over the global
 big batch, and a micro-batch without a single target adds nothing instead of NaN.
 """
 
+import inspect
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -43,7 +44,7 @@ def next_token_loss(model: nn.Module, batch: Batch) -> LossSum:
         Sum in nats and count.
     """
     own_loss = getattr(model, "loss", None)
-    if callable(own_loss):
+    if inspect.ismethod(own_loss):  # and not a module such as nn.CrossEntropyLoss that happens to have this name
         return LossSum(*own_loss(batch.inputs, batch.targets))
     logits: Tensor = model(batch.inputs)
     total = F.cross_entropy(

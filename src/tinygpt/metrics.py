@@ -4,6 +4,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -25,8 +26,8 @@ class StepMetrics:
         lr: Learning rate of the lead group: the first Muon group, or the first group if there is none.
         weight_decay: Weight decay of that group, 0 if it has none.
         momentum: Momentum of that group; `None` if it has none.
-        tokens: Training tokens of the run so far, this step included.
-        epoch: Passes over the data begun so far, from 1; `None` if the loader does not tell.
+        tokens: Positions trained on so far in the run, this step included; masked ones count too.
+        epoch: Whole passes over the data so far; `None` if the loader does not tell.
         tokens_per_second: Speed of this step, the wait for data included, evaluation and saving not.
         mfu: Share of the device's peak FLOP/s; `None` where the peak is not known.
         peak_memory_bytes: Highest memory so far: allocated on a GPU, resident on a CPU; `None` if unknown.
@@ -72,7 +73,8 @@ class MetricsFile:
 
     Args:
         path: The file; its folder is made if it is missing.
-        next_step: Lines of this step and later ones are dropped first: a resumed run writes them again.
+        next_step: Lines of this step and later ones are dropped first: a resumed run writes them again. With 0 a file
+            that is there is kept as `metrics.old.jsonl`.
 
     Raises:
         DataError: If the file exists and is not such a file.
@@ -81,9 +83,16 @@ class MetricsFile:
     def __init__(self, path: str | Path, *, next_step: int = 0) -> None:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [line for line in read_metrics(self.path) if line.get("step", -1) < next_step] if next_step else []
+        if next_step == 0:
+            if self.path.exists():  # of a run that left no checkpoint; not ours to throw away
+                self.path.replace(self.path.with_suffix(".old.jsonl"))
+            self.path.touch()
+            return
         temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        with temporary.open("w", encoding="utf-8") as file:
+            for record in _records(self.path):
+                if record.get("step", -1) < next_step:
+                    file.write(json.dumps(record) + "\n")
         temporary.replace(self.path)
 
     def write(self, event: str, step: int, **fields: Any) -> None:
@@ -105,24 +114,23 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     Raises:
         DataError: If another line is not a JSON object.
     """
-    path = Path(path)
+    return list(_records(Path(path)))
+
+
+def _records(path: Path) -> Iterator[dict[str, Any]]:
     if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    records = []
-    for number, line in enumerate(lines, start=1):
-        if not line:
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            if number == len(lines):
-                break
-            raise DataError(f"{path} line {number} is not JSON; it is not a metrics file or was damaged.") from None
-        if not isinstance(record, dict):
-            raise DataError(f"{path} line {number} is not a JSON object; it is not a metrics file.")
-        records.append(record)
-    return records
+        return
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                record = json.loads(line)
+            except ValueError:
+                if not line.endswith("\n"):
+                    return
+                raise DataError(f"{path} line {number} is not JSON; it is not a metrics file or was damaged.") from None
+            if not isinstance(record, dict):
+                raise DataError(f"{path} line {number} is not a JSON object; it is not a metrics file.")
+            yield record
 
 
 class Stopwatch:

@@ -272,7 +272,7 @@ def test_damaged_or_foreign_files_are_refused(tmp_path: Path) -> None:
     good_config, good_weights = config.read_text(), weights.read_bytes()
     fields = json.loads(good_config)
     for text, message in [
-        ("{", "cannot be read"),
+        ("{", "missing or damaged"),
         (json.dumps({**fields, "model_type": "llama"}), "not the config of a tinygpt model"),
         (json.dumps({**fields, "format_version": 99}), "format version 99"),
         (json.dumps({**fields, "dim": "wide"}), "GPTConfig.dim='wide'"),

@@ -237,7 +237,7 @@ REFUSED: list[tuple[Callable[[], Any], str]] = [
     (lambda: MuonAdamW([group_of(params=[])]), "has no parameters"),
     (lambda: MuonAdamW([{"params": pairs_of(a=(2, 2)), "kind": "muon"}]), "starts with 'a' needs lr"),
     (lambda: MuonAdamW([group_of(betas=(0.9, 0.9))]), "kind 'muon' has no option betas; it has lr, momentum"),
-    (lambda: MuonAdamW([group_of(lr=-1.0)]), "lr=-1.0 must be a number that is not negative"),
+    (lambda: MuonAdamW([group_of(lr=-1.0)]), "lr=-1.0 must be a finite number that is not negative"),
     (lambda: MuonAdamW([group_of(lr=float("nan"))]), "lr=nan must be"),
     (lambda: MuonAdamW([group_of(weight_decay=True)]), "weight_decay=True must be"),
     (lambda: MuonAdamW([group_of(momentum=1.0)]), "momentum=1.0 must be at least 0 and below 1"),

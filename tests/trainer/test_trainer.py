@@ -132,7 +132,7 @@ def test_a_non_finite_loss_stops_before_the_weights_change_and_names_the_rows(tm
     next(steps)
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     moments = trainer.optimizer.state_dict()["state"]["head.weight"]["exp_avg"].clone()
-    with pytest.raises(NonFiniteError, match=r"step 1: .*micro-batch 2 rows \[1\].*not changed.*step-000001"):
+    with pytest.raises(NonFiniteError, match=r"step 1: .*micro-batch 2 rows 1.*not changed.*step-000001"):
         next(steps)
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
     assert torch.equal(trainer.optimizer.state_dict()["state"]["head.weight"]["exp_avg"], moments)
@@ -155,7 +155,7 @@ def test_a_non_finite_gradient_of_a_finite_loss_stops_too() -> None:
 
     model = make_model()
     trainer = Trainer(model, torch.optim.SGD(model.parameters()), batches(8), TrainerConfig(num_steps=1), loss_fn=loss)
-    with pytest.raises(NonFiniteError, match=r"gradient norm is nan though every loss is finite.*none was saved"):
+    with pytest.raises(NonFiniteError, match=r"losses are finite, the gradient norm is nan.*none was saved"):
         list(trainer)
 
 

@@ -40,6 +40,8 @@ def causal_attention(
         `w` lets a query see `w + 1` positions, its own included.
     """
     heads, kv_heads, q_seq, seq = q.shape[1], k.shape[1], q.shape[2], k.shape[2]
+    if v.shape[:3] != k.shape[:3]:
+        raise ConfigError(f"causal_attention got keys {tuple(k.shape)} and values {tuple(v.shape)}, which do not fit.")
     if q_seq > seq:
         raise ConfigError(f"causal_attention got {q_seq} queries for {seq} keys; there must be a key for each query.")
     if heads % kv_heads:

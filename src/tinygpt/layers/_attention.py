@@ -58,6 +58,8 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         check_heads(dim, num_heads, num_kv_heads)
+        if window_tokens is not None and window_tokens < 0:
+            raise ConfigError(f"window_tokens={window_tokens} is negative; use None for no window.")
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
         self.head_dim = dim // num_heads
@@ -135,7 +137,7 @@ class CausalSelfAttention(nn.Module):
 
 def check_heads(dim: int, num_heads: int, num_kv_heads: int) -> None:
     """Raise `ConfigError` unless `dim` splits into heads and the heads into groups."""
-    if num_heads < 1 or dim % num_heads:
+    if num_heads < 1 or dim < 1 or dim % num_heads:
         raise ConfigError(f"dim={dim} is not divisible by num_heads={num_heads}.")
     if num_kv_heads < 1 or num_heads % num_kv_heads:
         divisors = [n for n in range(1, num_heads + 1) if num_heads % n == 0]

@@ -10,8 +10,16 @@ from torch.nn import functional as F
 from tinygpt.errors import ConfigError
 from tinygpt.layers._linear import Linear
 
-# Logits alive at a time, in elements: 2**25 float32 are 128 MiB, 1,024 tokens at a vocabulary of 32,768.
-_CHUNK_ELEMENTS = 2**25
+# Logits of a chunk, in elements; about four tensors of this size exist at once. On a GPU 2**25, which are 128 MiB of
+# float32 or 1,024 tokens at a vocabulary of 32,768: smaller chunks would add up the weight's gradient too often. On a
+# CPU smaller chunks are as fast and stay closer to the cache.
+_CHUNK_ELEMENTS = {"cpu": 2**23}
+_GPU_CHUNK_ELEMENTS = 2**25
+# Up to this cap the sum of a vocabulary's exponentials stays far from float32's limit of about exp(88), so they need be
+# computed only once. With a small vocabulary the loss costs little, and the usual order of operations, which agrees
+# with other implementations to the last bits, is kept.
+_EXPONENT_BOUND = 40.0
+_SMALL_VOCABULARY = 4096
 
 
 class LMHead(Linear):
@@ -27,7 +35,7 @@ class LMHead(Linear):
         padded_vocab_size: Rows of the weight, at least `vocab_size`; rows beyond it never become logits.
             `None` for no padding.
         soft_cap: Bound on the magnitude of a logit; `None` for none.
-        chunk_tokens: Tokens whose logits exist at a time in `loss`; `None` bounds them by 128 MiB of float32.
+        chunk_tokens: Tokens whose logits exist at a time in `loss`; `None` takes 2**25 logits on a GPU, 2**23 on a CPU.
         ignore_index: Target that counts for nothing.
         std: Standard deviation of the first weights; 0.001 is nanochat's, so a new model predicts evenly.
 
@@ -55,7 +63,7 @@ class LMHead(Linear):
         rows = vocab_size if padded_vocab_size is None else padded_vocab_size
         if vocab_size < 1 or rows < vocab_size:
             raise ConfigError(f"LMHead needs 1 <= vocab_size <= padded_vocab_size, got {vocab_size} and {rows}.")
-        if soft_cap is not None and soft_cap <= 0:
+        if soft_cap is not None and not soft_cap > 0:
             raise ConfigError(f"soft_cap={soft_cap} must be positive, or None for no cap.")
         if chunk_tokens is not None and chunk_tokens < 1:
             raise ConfigError(f"chunk_tokens={chunk_tokens} must be positive, or None to choose it by memory.")
@@ -93,7 +101,7 @@ class LMHead(Linear):
         self._check(x, targets)
         hidden, flat = x.reshape(-1, x.shape[-1]), targets.reshape(-1)
         weight = self.weight[: self.vocab_size]
-        options = (self.soft_cap, self._chunk(), self.ignore_index)
+        options = (self.soft_cap, self.chunk_size(x.device), self.ignore_index)
         total = _ChunkedLoss.apply(hidden, weight, flat, *options)  # type: ignore[no-untyped-call]
         return total, (flat != self.ignore_index).sum()
 
@@ -109,18 +117,22 @@ class LMHead(Linear):
         hidden, flat = x.reshape(-1, x.shape[-1]), targets.reshape(-1)
         parts = [
             _chunk_loss(hidden[rows], weight, flat[rows], self.soft_cap, self.ignore_index)[0]
-            for rows in _slices(len(flat), self._chunk())
+            for rows in _slices(len(flat), self.chunk_size(x.device))
         ]
-        return torch.cat(parts).view(targets.shape)
+        return torch.cat([*parts, hidden.new_empty(0, dtype=torch.float32)]).view(targets.shape)
 
-    def _chunk(self) -> int:
-        return self.chunk_tokens or max(1, _CHUNK_ELEMENTS // self.vocab_size)
+    def chunk_size(self, device: torch.device) -> int:
+        """Return how many tokens' logits exist at a time in `loss` on this device."""
+        elements = _CHUNK_ELEMENTS.get(device.type, _GPU_CHUNK_ELEMENTS)
+        return self.chunk_tokens or max(1, elements // self.vocab_size)
 
     def _check(self, x: Tensor, targets: Tensor) -> None:
         if x.shape[:-1] != targets.shape:
             raise ConfigError(f"hidden states {tuple(x.shape)} do not fit targets {tuple(targets.shape)}.")
+        if targets.dtype != torch.int64:
+            raise ConfigError(f"targets must be int64, got {targets.dtype}.")
         # Reading the extremes would make a GPU wait, where a bad target stops in a device assertion anyway.
-        if targets.device.type == "cpu" and targets.numel():
+        if targets.device.type == "cpu" and targets.numel() and not torch.compiler.is_compiling():
             highest = int(targets.max())
             lowest = int(torch.where(targets == self.ignore_index, 0, targets).min())
             if lowest < 0 or highest >= self.vocab_size:
@@ -155,8 +167,48 @@ def _chunk_loss(
     return (log_sum - picked).masked_fill(ignored, 0.0), logits, log_sum, tanh
 
 
+def _uncapped_chunk(
+    x: Tensor, weight: Tensor, targets: Tensor, soft_cap: float | None, ignore_index: int
+) -> tuple[Tensor, Tensor]:
+    """Return the losses of a chunk, and the gradient of their sum by the logits before the cap."""
+    losses, logits, log_sum, tanh = _chunk_loss(x, weight, targets, soft_cap, ignore_index)
+    ignored = targets == ignore_index
+    # d loss / d logit = softmax - onehot; through the cap also times 1 - tanh**2.
+    grad = logits.sub_(log_sum[:, None]).exp_()
+    grad.scatter_add_(1, targets.masked_fill(ignored, 0)[:, None], grad.new_full((len(targets), 1), -1.0))
+    if tanh is not None:
+        grad.mul_(tanh.square_().neg_().add_(1.0))
+    return losses, grad.masked_fill_(ignored[:, None], 0.0)
+
+
+def _capped_chunk(
+    x: Tensor, weight: Tensor, targets: Tensor, soft_cap: float, ignore_index: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return losses, gradient by the logits before the cap, and a factor `(tokens, 1)` the gradient still needs.
+
+    Capped logits are bounded, so their exponentials need no maximum taken off and are computed once, for the sum and
+    for the gradient. The division by that sum is left to the much smaller tensors that the gradient is multiplied with.
+    """
+    if x.dtype in (torch.float32, torch.float64):
+        tanh = F.linear(x / soft_cap, weight).tanh_()
+    else:
+        tanh = F.linear(x, weight).float().div_(soft_cap).tanh_()
+    ignored = targets == ignore_index
+    index = targets.masked_fill(ignored, 0)[:, None]
+    exponentials = (tanh * soft_cap).exp_()
+    target_tanh = tanh.gather(1, index)
+    sums = exponentials.sum(dim=-1, keepdim=True)
+    losses = (sums.log() - soft_cap * target_tanh)[:, 0].masked_fill(ignored, 0.0)
+    exponentials.addcmul_(exponentials, tanh.square_(), value=-1.0)  # times 1 - tanh**2
+    exponentials.scatter_add_(1, index, (target_tanh.square() - 1.0) * sums)
+    return losses, exponentials, sums.reciprocal().masked_fill(ignored[:, None], 0.0)
+
+
 class _ChunkedLoss(torch.autograd.Function):
-    """Summed cross-entropy of capped logits; the gradients are computed chunk by chunk in the forward pass."""
+    """Summed cross-entropy of capped logits; the gradients are computed chunk by chunk in the forward pass.
+
+    They are constants to autograd: a penalty on gradients, which differentiates twice, needs the plain formula.
+    """
 
     @staticmethod
     def forward(
@@ -170,24 +222,26 @@ class _ChunkedLoss(torch.autograd.Function):
         total = torch.zeros((), device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
         for rows in _slices(len(targets), chunk):
             part, target = x[rows], targets[rows]
-            losses, logits, log_sum, tanh = _chunk_loss(part, weight, target, soft_cap, ignore_index)
+            if soft_cap is not None and soft_cap <= _EXPONENT_BOUND and len(weight) > _SMALL_VOCABULARY:
+                losses, grad, row_scale = _capped_chunk(part, weight, target, soft_cap, ignore_index)
+            else:
+                losses, grad = _uncapped_chunk(part, weight, target, soft_cap, ignore_index)
+                row_scale = None
             total += losses.sum()
-            if grad_x is None and grad_weight is None:
-                continue
-            # d loss / d logit = softmax - onehot; through the cap also times 1 - tanh**2. All in the logits' memory.
-            ignored = target == ignore_index
-            grad = logits.sub_(log_sum[:, None]).exp_()
-            grad.scatter_add_(1, target.masked_fill(ignored, 0)[:, None], grad.new_full((len(target), 1), -1.0))
-            if tanh is not None:
-                grad.mul_(tanh.square_().neg_().add_(1.0))
-            grad = grad.masked_fill_(ignored[:, None], 0.0).to(x.dtype)
+            if row_scale is not None and grad.dtype != x.dtype:
+                grad.mul_(row_scale)  # before it is rounded to half precision
+                row_scale = None
+            grad = grad.to(x.dtype)
             if grad_x is not None:
                 torch.mm(grad, weight, out=grad_x[rows])
+                if row_scale is not None:
+                    grad_x[rows] *= row_scale
             if grad_weight is not None:
+                scaled = part if row_scale is None else part * row_scale
                 if grad_weight.dtype == grad.dtype:
-                    grad_weight.addmm_(grad.T, part)
+                    grad_weight.addmm_(grad.T, scaled)
                 else:
-                    grad_weight += grad.T @ part
+                    grad_weight += grad.T @ scaled
         ctx.save_for_backward(grad_x, grad_weight)
         return total
 

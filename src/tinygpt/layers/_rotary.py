@@ -1,6 +1,7 @@
 """Rotary position embedding."""
 
-from typing import cast
+from collections.abc import Callable
+from typing import Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +35,7 @@ class RotaryEmbedding(nn.Module):
         super().__init__()
         if head_dim < 2 or head_dim % 2:
             raise ConfigError(f"RotaryEmbedding needs an even, positive head_dim, got {head_dim}.")
-        if max_seq_len < 1 or base <= 0:
+        if max_seq_len < 1 or not 0 < base < float("inf"):
             raise ConfigError(f"RotaryEmbedding needs positive max_seq_len and base, got {max_seq_len} and {base}.")
         self.head_dim = head_dim
         self.max_seq_len = max_seq_len
@@ -43,6 +44,17 @@ class RotaryEmbedding(nn.Module):
         self.register_buffer("cos", torch.empty(max_seq_len, head_dim // 2), persistent=False)
         self.register_buffer("sin", torch.empty(max_seq_len, head_dim // 2), persistent=False)
         self.reset_parameters()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Follow a move to another device, but stay in float32: `model.to(bfloat16)` must not round the angles."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name in ("cos", "sin"):
+            table = cast(Tensor, getattr(self, name))
+            if table.dtype != torch.float32:
+                setattr(self, name, torch.empty_like(table, dtype=torch.float32))
+        if not cast(Tensor, self.cos).is_meta:
+            self.reset_parameters()
+        return self
 
     def reset_parameters(self) -> None:
         """Fill the tables on the device where the buffers live."""

@@ -7,7 +7,9 @@ from pydantic import Field, model_validator
 from tinygpt.config import Config
 from tinygpt.errors import ConfigError
 
-Positive = Annotated[int, Field(ge=1, le=2**31)]
+# Bounds that no model of this kind reaches, so that a damaged or hostile config is refused before memory is asked for.
+Positive = Annotated[int, Field(ge=1, le=2**20)]
+Length = Annotated[int, Field(ge=1, le=2**24)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -53,9 +55,9 @@ class GPTConfig(Config):
         ```
     """
 
-    vocab_size: Positive = 32_768
-    max_seq_len: Positive = 2_048
-    num_layers: Annotated[int, Field(ge=1, le=10_000)] = 12
+    vocab_size: Length = 32_768
+    max_seq_len: Length = 2_048
+    num_layers: Annotated[int, Field(ge=1, le=1_000)] = 12
     num_heads: Positive = 6
     num_kv_heads: Positive | None = None
     dim: Positive = 768

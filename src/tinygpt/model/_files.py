@@ -1,26 +1,29 @@
 """Reading and writing a model's two files."""
 
 import json
+import os
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from tinygpt.errors import CheckpointError, ConfigError
+from tinygpt.manifest import MANIFEST_FILE, check_manifest, read_json
 from tinygpt.model._config import GPTConfig
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 _FORMAT_VERSION = 1
+_DTYPES = ("F32", "BF16", "F16", "F64")
 
 
 def write_model(folder: Path, config: GPTConfig, weights: dict[str, Tensor]) -> None:
     """Write both files; an existing one is replaced only when the new one is whole."""
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f".{WEIGHTS_FILE}.tmp"
-    save_file({name: tensor.detach().contiguous() for name, tensor in weights.items()}, temporary, {"format": "pt"})
+    save_file(independent_tensors(weights), temporary, {"format": "pt"})
     temporary.replace(folder / WEIGHTS_FILE)
     fields = {"model_type": "tinygpt", "format_version": _FORMAT_VERSION, **config.model_dump()}
     temporary = folder / f".{CONFIG_FILE}.tmp"
@@ -28,18 +31,29 @@ def write_model(folder: Path, config: GPTConfig, weights: dict[str, Tensor]) -> 
     temporary.replace(folder / CONFIG_FILE)
 
 
+def independent_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return contiguous tensors of which no two share memory, as the file format wants: tied weights are copied."""
+    result: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        plain = tensor.detach().contiguous()
+        storage = plain.untyped_storage().data_ptr()
+        result[name] = plain.clone() if storage in seen else plain
+        seen.add(storage)
+    return result
+
+
 def read_config(folder: Path) -> GPTConfig:
-    """Read `config.json` as `save_pretrained` writes it.
+    """Read `config.json` as `save_pretrained` writes it; in a checkpoint both model files are checked by their hash.
 
     Raises:
         CheckpointError: If it is missing or not a tinygpt config of a known version.
     """
     path = folder / CONFIG_FILE
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}.") from None
-    if not isinstance(fields, dict) or fields.pop("model_type", None) != "tinygpt":
+    if (folder / MANIFEST_FILE).exists():
+        check_manifest(folder, only=(CONFIG_FILE, WEIGHTS_FILE))
+    fields = read_json(path)
+    if fields.pop("model_type", None) != "tinygpt":
         raise CheckpointError(f'{path} is not the config of a tinygpt model (no "model_type": "tinygpt").')
     version = fields.pop("format_version", None)
     if version != _FORMAT_VERSION:
@@ -50,11 +64,36 @@ def read_config(folder: Path) -> GPTConfig:
         raise CheckpointError(f"{path}: {error}") from None
 
 
+def load_weights(model: nn.Module, path: Path, device: torch.device | str, dtype: torch.dtype | None) -> None:
+    """Give a model built on the meta device the weights of a file, after its header proved to fit.
+
+    Raises:
+        CheckpointError: If the file is missing or damaged, or names, shapes or dtypes do not fit.
+    """
+    weights = read_weights(path, {name: tensor.shape for name, tensor in model.state_dict().items()})
+    if os.name == "nt":
+        # Elsewhere weights on the CPU stay mapped from the file until they are touched. Windows could not replace a
+        # mapped file, as saving into the same folder does.
+        weights = {name: tensor.clone() for name, tensor in weights.items()}
+    # Tables that are not saved, such as those of the rotary embedding, are computed again.
+    for prefix, module in model.named_modules():
+        names = [f"{prefix}.{name}".lstrip(".") for name, _ in module.named_buffers(recurse=False)]
+        if any(name not in weights for name in names):
+            module.to_empty(device=device, recurse=False)
+            getattr(module, "reset_parameters", lambda: None)()
+    model.load_state_dict(
+        {name: tensor.to(device, dtype) for name, tensor in weights.items()}, strict=True, assign=True
+    )
+
+
 def read_weights(path: Path, expected: dict[str, torch.Size]) -> dict[str, Tensor]:
     """Read a safetensors file after its header proved to hold exactly the expected names and shapes."""
     try:
         with safe_open(path, framework="pt") as file:
-            found = {name: torch.Size(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            found = {name: torch.Size(part.get_shape()) for name, part in slices.items()}
+            if odd := {name: d for name, part in slices.items() if (d := part.get_dtype()) not in _DTYPES}:
+                raise CheckpointError(f"{path} holds weights of dtypes other than {', '.join(_DTYPES)}: {odd}.")
             _compare(path, found, expected)
             return {name: file.get_tensor(name) for name in expected}
     except (OSError, SafetensorError) as error:

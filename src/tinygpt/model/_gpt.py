@@ -2,32 +2,22 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from types import MethodType
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from tinygpt import hub
-from tinygpt.errors import ConfigError
+from tinygpt.errors import CheckpointError, ConfigError
 from tinygpt.layers import Backout, KVCache, LayerCache, LMHead, RMSNorm, Smear, TokenEmbedding
 from tinygpt.model._config import GPTConfig
-from tinygpt.model._files import WEIGHTS_FILE, read_config, read_weights, write_model
+from tinygpt.model._counts import ParameterCounts
+from tinygpt.model._files import CONFIG_FILE, WEIGHTS_FILE, load_weights, read_config, write_model
 from tinygpt.model._parts import PartFactory, StandardAttention, standard_block, standard_mlp
 
-
-class ParameterCounts(NamedTuple):
-    """Number of parameters by role."""
-
-    token_embedding: int
-    value_embeddings: int
-    head: int
-    matrices: int
-    scalars: int
-
-    @property
-    def total(self) -> int:
-        """All parameters."""
-        return sum(self)
+IGNORED = -1  # the target that counts for nothing, as LMHead and tinygpt.data have it
 
 
 class GPT(nn.Module):
@@ -161,16 +151,22 @@ class GPT(nn.Module):
     def hidden_states(self, token_ids: Tensor, *, cache: KVCache | None = None) -> Tensor:
         """Return what enters the head: `(batch, seq)` -> `(batch, seq, dim)`; arguments as in `forward`."""
         self._check_token_ids(token_ids)
+        if cache is not None and token_ids.shape[1] > cache.free:
+            # Before anything is written into it, so that a refused call leaves the cache as it was.
+            raise ConfigError(
+                f"got {token_ids.shape[1]} tokens for a cache with room for {cache.free} more after {cache.length}; "
+                "make it with a larger max_seq_len or read fewer tokens."
+            )
         x = self.embedding(token_ids)
         if self.compute_dtype is not None:
             x = x.to(self.compute_dtype)
         if self.embedding_norm is not None:
             x = self.embedding_norm(x)
         if self.smear is not None:
-            previous = None
+            last = x[:, -1:]
+            x = self.smear(x, previous=None if cache is None else cache.last_embedding)
             if cache is not None:
-                previous, cache.last_embedding = cache.last_embedding, x[:, -1:].clone()
-            x = self.smear(x, previous=previous)
+                cache.last_embedding = last.detach().clone()
         x0 = middle = x
         for index, block in enumerate(self.blocks):
             layer_cache = None if cache is None else cache.layers[index]
@@ -182,13 +178,30 @@ class GPT(nn.Module):
         return x if self.final_norm is None else self.final_norm(x)
 
     def loss(self, token_ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Return summed next-token loss in nats and number of targets, without full logits; see `LMHead.loss`."""
-        return self._head_with("loss").loss(self.hidden_states(token_ids), targets)
+        """Return summed next-token loss in nats and number of targets.
+
+        A head with a method `loss`, as `LMHead`, computes it without full logits; of any other the logits are taken.
+
+        Args:
+            token_ids: `(batch, seq)` integers.
+            targets: `(batch, seq)` int64, -1 where not trained on.
+
+        Raises:
+            ConfigError: As in `forward`, or if the targets do not fit.
+        """
+        x = self.hidden_states(token_ids)
+        if isinstance(own_loss := getattr(self.head, "loss", None), MethodType):
+            return own_loss(x, targets)
+        losses = _token_losses(self.head(x), targets)
+        return losses.sum(), (targets != IGNORED).sum()
 
     @torch.no_grad()
     def token_losses(self, token_ids: Tensor, targets: Tensor) -> Tensor:
         """Return the loss of every target in nats, without gradients: `(batch, seq)` float32."""
-        return self._head_with("token_losses").token_losses(self.hidden_states(token_ids), targets)
+        x = self.hidden_states(token_ids)
+        if isinstance(own_losses := getattr(self.head, "token_losses", None), MethodType):
+            return own_losses(x, targets)
+        return _token_losses(self.head(x), targets)
 
     def new_cache(self, batch: int, *, max_seq_len: int | None = None) -> KVCache:
         """Return an empty cache for this many rows, on the model's device and in its compute dtype.
@@ -200,7 +213,7 @@ class GPT(nn.Module):
         Raises:
             ConfigError: If an attention does not tell `num_kv_heads` and `head_dim`, or no length is known.
         """
-        length = max_seq_len or self.max_seq_len
+        length = self.max_seq_len if max_seq_len is None else max_seq_len
         if length is None:
             raise ConfigError("this GPT has no config: give new_cache the max_seq_len that your parts take.")
         weight = next(self.embedding.parameters())
@@ -233,8 +246,8 @@ class GPT(nn.Module):
         Raises:
             ConfigError: If `dtype` is not a floating-point dtype.
         """
-        if dtype is not None and not dtype.is_floating_point:
-            raise ConfigError(f"compute dtype {dtype} is not a floating-point dtype; use torch.bfloat16 or float32.")
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise ConfigError(f"compute dtype {dtype!r} is not a floating-point dtype; use torch.bfloat16 or float32.")
         self.compute_dtype = dtype
         if embeddings and dtype is not None:
             for module in self.modules():
@@ -265,7 +278,7 @@ class GPT(nn.Module):
         References:
             Appendix B of [PaLM](https://arxiv.org/abs/2204.02311), 2022.
         """
-        length = seq_len or self.max_seq_len
+        length = self.max_seq_len if seq_len is None else seq_len
         if length is None:
             raise ConfigError("this GPT has no config: give flops_per_token the seq_len you train with.")
         products = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
@@ -280,7 +293,9 @@ class GPT(nn.Module):
         """
         if self.config is None:
             raise ConfigError("this GPT was assembled without a config: give GPT(config=...) to save it.")
-        write_model(Path(folder), self.config, self.state_dict())
+        # Blocks that torch.compile wrapped one by one are saved under the names of the blocks.
+        weights = {name.replace("._orig_mod", ""): tensor for name, tensor in self.state_dict().items()}
+        write_model(Path(folder), self.config, weights)
 
     @classmethod
     def from_pretrained(
@@ -315,17 +330,14 @@ class GPT(nn.Module):
             name_or_path, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token
         )
         config = read_config(folder)
-        with torch.device("meta"):
-            model = cls.from_config(config, **parts)
-        weights = read_weights(folder / WEIGHTS_FILE, {name: t.shape for name, t in model.state_dict().items()})
-        # Tables that are not saved, such as those of the rotary embedding, are computed again.
-        for prefix, module in model.named_modules():
-            names = [f"{prefix}.{name}".lstrip(".") for name, _ in module.named_buffers(recurse=False)]
-            if any(name not in weights for name in names):
-                module.to_empty(device=device, recurse=False)
-                getattr(module, "reset_parameters", lambda: None)()
-        # Assigned and not copied: on the CPU the weights stay mapped from the file until they are touched.
-        model.load_state_dict({name: t.to(device, dtype) for name, t in weights.items()}, strict=True, assign=True)
+        if dtype is not None and not dtype.is_floating_point:
+            raise ConfigError(f"dtype {dtype} is not a floating-point dtype; use torch.bfloat16 for example.")
+        try:
+            with torch.device("meta"):
+                model = cls.from_config(config, **parts)
+        except (RuntimeError, OverflowError) as error:
+            raise CheckpointError(f"{folder / CONFIG_FILE} describes a model that cannot be built: {error}.") from None
+        load_weights(model, folder / WEIGHTS_FILE, device, dtype)
         return model
 
     def push_to_hub(
@@ -349,11 +361,6 @@ class GPT(nn.Module):
             Path(folder), repo_id, private=private, branch=branch, commit_message=commit_message, token=token
         )
 
-    def _head_with(self, method: str) -> Any:
-        if not hasattr(self.head, method):
-            raise ConfigError(f"the head {type(self.head).__name__} has no {method}(); LMHead has.")
-        return self.head
-
     def _role(self, name: str, parameter: nn.Parameter) -> str:
         owner = self.get_submodule(name.rpartition(".")[0])
         if isinstance(owner, nn.Embedding):
@@ -367,11 +374,20 @@ class GPT(nn.Module):
             raise ConfigError(
                 f"token ids must be integers of shape (batch, seq), got {token_ids.dtype} of {tuple(token_ids.shape)}."
             )
+        if not token_ids.shape[0]:
+            raise ConfigError("got a batch without rows.")
         if token_ids.shape[1] < 1 or (self.max_seq_len is not None and token_ids.shape[1] > self.max_seq_len):
             raise ConfigError(f"got {token_ids.shape[1]} tokens; this model takes 1 to {self.max_seq_len}.")
         # Reading the extremes would make a GPU wait, where a bad id stops in a device assertion anyway.
-        if token_ids.device.type == "cpu" and self.config is not None and not torch.compiler.is_compiling():
+        vocab_size = self.config.vocab_size if self.config else getattr(self.embedding, "num_embeddings", None)
+        if token_ids.device.type == "cpu" and vocab_size is not None and not torch.compiler.is_compiling():
             lowest, highest = token_ids.aminmax()
-            if lowest < 0 or highest >= self.config.vocab_size:
+            if lowest < 0 or highest >= vocab_size:
                 wrong = int(lowest if lowest < 0 else highest)
-                raise ConfigError(f"token id {wrong} lies outside the vocabulary of {self.config.vocab_size}.")
+                raise ConfigError(f"token id {wrong} lies outside the vocabulary of {vocab_size}.")
+
+
+def _token_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return the cross-entropy of each target, 0 where ignored: `(batch, seq)`."""
+    flat = F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten(), ignore_index=IGNORED, reduction="none")
+    return flat.view(targets.shape)

@@ -42,7 +42,7 @@ def checked_group(group: dict[str, Any], existing: Iterable[dict[str, Any]]) -> 
     if "lr" not in options:
         raise ConfigError(f"the {kind} group that starts with {pairs[0][0]!r} needs lr.")
     options = DEFAULTS[kind] | options
-    _check_options(options)
+    check_options(options)
     _check_parameters(kind, pairs)
     _check_repeats(pairs, existing)
     options.setdefault("initial_lr", options["lr"])
@@ -65,11 +65,12 @@ def _named_pairs(params: Any) -> list[tuple[str, Tensor]]:
     return pairs
 
 
-def _check_options(options: dict[str, Any]) -> None:
+def check_options(options: dict[str, Any]) -> None:
+    """Raise `ConfigError` unless every option has a value that can train."""
     for name in ("lr", "weight_decay", "eps"):
         value = options.get(name, 0.0)
-        if not _is_number(value) or not value >= 0:
-            raise ConfigError(f"{name}={value!r} must be a number that is not negative.")
+        if not _is_number(value) or not 0 <= value < float("inf"):
+            raise ConfigError(f"{name}={value!r} must be a finite number that is not negative.")
     betas = options.get("betas", ())
     if "betas" in options and (not isinstance(betas, tuple | list) or len(betas) != 2):
         raise ConfigError(f"betas={betas!r} must be two numbers.")

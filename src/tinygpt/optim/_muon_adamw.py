@@ -173,8 +173,9 @@ class MuonAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for index, group in enumerate(self.param_groups):
+        for group in self.param_groups:
             _refuse_sparse(group)
+        for index, group in enumerate(self.param_groups):
             if group["kind"] == "muon":
                 if index not in self._stacks:
                     self._stacks[index] = self._build_stacks(group)

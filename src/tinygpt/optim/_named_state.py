@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tinygpt.errors import CheckpointError
+from tinygpt.errors import CheckpointError, ConfigError
+from tinygpt.optim._groups import DEFAULTS, check_options
 
 VERSION = 1
 
@@ -36,6 +37,13 @@ def matching_groups(groups: list[Group], state_dict: dict[str, Any]) -> list[Gro
     if version != VERSION:
         hint = "it looks like the state of another optimizer" if version is None else "update tinygpt to read it"
         raise CheckpointError(f"optimizer state has version {version!r}, this tinygpt reads version {VERSION}: {hint}.")
+    try:
+        return _matching_groups(groups, state_dict)
+    except (KeyError, TypeError, AttributeError, ConfigError) as error:
+        raise CheckpointError(f"optimizer state is damaged: {type(error).__name__}: {error}.") from None
+
+
+def _matching_groups(groups: list[Group], state_dict: dict[str, Any]) -> list[Group]:
     if absent := [key for key in ("state", "param_groups") if key not in state_dict]:
         raise CheckpointError(f"optimizer state has no {' and no '.join(absent)}; it is damaged or cut short.")
     state: dict[str, dict[str, Any]] = state_dict["state"]
@@ -45,6 +53,12 @@ def matching_groups(groups: list[Group], state_dict: dict[str, Any]) -> list[Gro
     for saved in (set(state), grouped):
         _check_names(owned, saved)
     matched = [_match(group, saved_groups) for group in groups]
+    for saved_group in matched:
+        options = {key: value for key, value in saved_group.items() if key not in ("params", "param_names", "kind")}
+        wanted = {"lr", "initial_lr", "initial_weight_decay", *DEFAULTS[saved_group["kind"]]}
+        if unknown := sorted(set(options) - wanted):
+            raise CheckpointError(f"optimizer state is damaged: a group should not have {', '.join(unknown)}.")
+        check_options(options)
     for group in groups:
         for name, param in zip(group["param_names"], group["params"], strict=True):
             _check_entry(name, group["kind"], param, state[name])

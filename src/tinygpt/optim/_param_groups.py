@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tinygpt.errors import ConfigError
 
-_HEAD_NAME = re.compile(r"lm_head|head|output|unembed.*")
+_HEAD_NAME = re.compile(r"(lm_)?head|output|unembed.*|decoder|(to_)?logits|generator|classifier|score")
 _EMBEDDING_NAME = re.compile(r"embed|(^|[._])emb([._]|$)", re.IGNORECASE)
 
 
@@ -59,8 +59,9 @@ def param_groups(model: nn.Module, rules: Sequence[Rule]) -> list[dict[str, Any]
     Raises:
         ConfigError: If a parameter matches no rule; if a rule matches no parameter and is not optional; if a
             parameter of a Muon group is not a matrix, or is an embedding or head: the weight of an `nn.Embedding`,
-            of a module with an attribute `is_lm_head = True`, or of an `nn.Linear` called `lm_head`, `head`,
-            `output` or `unembed...` with one output for each entry of an embedding, or a weight tied to one of those.
+            of a module with an attribute `is_lm_head = True`, or of an `nn.Linear` with one output for each entry of
+            an embedding that is the only one such or is called `head`, `lm_head`, `decoder`, `logits` or the like,
+            or a weight tied to one of those.
 
     Example:
         ```python
@@ -135,13 +136,20 @@ def embeddings_and_heads(model: nn.Module) -> dict[int, str]:
     embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding | nn.EmbeddingBag)]
     vocab_sizes = {module.num_embeddings for module in embeddings}
     found = {id(module.weight): "an embedding" for module in embeddings}
-    for name, module in model.named_modules():
-        named_head = isinstance(module, nn.Linear) and _HEAD_NAME.fullmatch(name.rpartition(".")[2])
-        if named_head and module.out_features in vocab_sizes:
+    declared = [module for module in model.modules() if getattr(module, "is_lm_head", False) is True]
+    for module in declared:
+        found |= {id(param): "a head" for param in module.parameters() if id(param) not in found}
+    # With one output for each entry of a vocabulary: surely a head if it is the only such layer or is called one. A
+    # feed-forward layer may have that many outputs by chance, but hardly only once and beside an undeclared head.
+    wide = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module not in declared and module.out_features in vocab_sizes
+    ]
+    for name, module in wide:
+        alone = len(wide) == 1 and not declared and module.in_features != module.out_features
+        if alone or _HEAD_NAME.fullmatch(name.rpartition(".")[2]):
             found.setdefault(id(module.weight), "a head")
-        if getattr(module, "is_lm_head", False) is True:
-            for param in module.parameters():
-                found.setdefault(id(param), "a head")
     return found
 
 
@@ -158,8 +166,8 @@ def default_groups(
     matrices: list[tuple[str, Tensor]] = []
     others: list[tuple[str, Tensor]] = []
     for name, param in pairs:
-        # A single row or column has no directions to even out.
-        is_matrix = param.ndim == 2 and min(param.shape) > 1
+        # A single row or column has no directions to even out; a bare parameter such as `pos` is a table.
+        is_matrix = param.ndim == 2 and min(param.shape) > 1 and "weight" in name.rpartition(".")[2]
         kept_out = id(param) in reserved or _EMBEDDING_NAME.search(name) or extra.matches(name, param)
         (matrices if is_matrix and not kept_out else others).append((name, param))
     groups = [{"params": matrices, "kind": "muon", **muon}, {"params": others, "kind": "adamw", **adamw}]

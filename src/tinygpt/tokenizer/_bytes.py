@@ -70,6 +70,7 @@ class ByteTokenizer:
         Raises:
             DataError: If an id is outside the vocabulary.
         """
+        token_ids = list(token_ids)  # bytes() of an array would be its memory
         try:
             if _BOS_ID not in token_ids:
                 return bytes(token_ids)

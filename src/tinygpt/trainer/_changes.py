@@ -4,12 +4,11 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tinygpt.errors import CheckpointError
+from tinygpt.errors import CheckpointError, ConfigError
 
 # Beyond these a resume stops unless the user accepts it. The schedules of one run differ by nothing at all here; the
-# jump that the documented run took unseen was a factor of 20 in learning rate and 0.07 in momentum.
+# jump that the documented run took unseen was a factor of 20 in learning rate and of 3 in what momentum forgets.
 _MOST_FACTOR = 2.0
-_MOST_MOMENTUM = 0.02
 
 
 @dataclass(frozen=True)
@@ -20,13 +19,13 @@ class Change:
         name: What differs.
         was: What the checkpoint's run would have gone on with.
         will_be: What this run goes on with.
-        topic: What to put into `accept` to go on: `"schedule"`, `"model"` or `"data"`; `None` for a harmless one.
+        topic: What to put into `accept` to go on: `"schedule"`, `"model"` or `"data"`; empty for a harmless one.
     """
 
     name: str
     was: Any
     will_be: Any
-    topic: str | None = None
+    topic: str = ""
 
     @property
     def factor(self) -> float | None:
@@ -48,7 +47,7 @@ def compare_rates(was: Mapping[str, Mapping[str, float]], will_be: Mapping[str, 
         for key in sorted(old.keys() | new.keys()):
             a, b = old.get(key, 0.0), new.get(key, 0.0)
             if a != b:
-                change = Change(key, a, b, "schedule" if _is_jump(key, a, b) else None)
+                change = Change(key, a, b, "schedule" if _is_jump(key, a, b) else "")
                 kind = (a, b) if change.factor is None else round(change.factor, 6)
                 alike.setdefault((key, kind), []).append((group, change))
     for groups in alike.values():
@@ -59,27 +58,32 @@ def compare_rates(was: Mapping[str, Mapping[str, float]], will_be: Mapping[str, 
 
 
 def compare_values(
-    was: Mapping[str, Any], will_be: Mapping[str, Any], *, prefix: str = "", topic: str | None = None
+    was: Mapping[str, Any], will_be: Mapping[str, Any], *, prefix: str = "", topics: Mapping[str, str] | str = ""
 ) -> list[Change]:
-    """Compare two flat mappings entry by entry."""
+    """Compare two flat mappings entry by entry; `topics` names the topic of all, or of each that has one."""
     return [
-        Change(prefix + key, was.get(key), will_be.get(key), topic)
+        Change(prefix + key, was.get(key), will_be.get(key), topics if isinstance(topics, str) else topics.get(key, ""))
         for key in sorted(was.keys() | will_be.keys())
         if was.get(key) != will_be.get(key)
     ]
 
 
+def check_accept(accept: Collection[str]) -> None:
+    """Raise `ConfigError` unless `accept` is a collection of known topics."""
+    known = {"schedule", "model", "data"}
+    unknown = [accept] if isinstance(accept, str) else sorted(set(accept) - known)
+    if unknown:
+        raise ConfigError(f"accept={accept!r} is not known; give a list of {', '.join(sorted(known))}.")
+
+
 def refuse_unaccepted(changes: list[Change], accept: Collection[str]) -> None:
     """Raise `CheckpointError` with a table if something that matters differs and was not accepted."""
-    known = {"schedule", "model", "data"}
-    if unknown := sorted(set(accept) - known):
-        raise CheckpointError(f"accept={unknown} is not known; choose from {', '.join(sorted(known))}.")
-    refused = [change for change in changes if change.topic is not None and change.topic not in accept]
+    refused = [change for change in changes if change.topic and change.topic not in accept]
     if not refused:
         return
-    topics = sorted({str(change.topic) for change in refused})
+    topics = sorted({change.topic for change in refused})
     ways = {
-        "schedule": "keep the schedule (and horizon) that the checkpoint was trained with",
+        "schedule": "keep the schedule, horizon and batch that the checkpoint was trained with",
         "model": "build the model with the config of the checkpoint",
         "data": "use the data, tokenizer and loader settings of the checkpoint",
     }
@@ -109,8 +113,8 @@ def format_changes(changes: list[Change]) -> str:
 
 
 def _is_jump(key: str, was: float, will_be: float) -> bool:
-    if key == "momentum":
-        return abs(will_be - was) > _MOST_MOMENTUM
+    if key == "momentum" or key.startswith("beta"):
+        was, will_be = 1 - was, 1 - will_be  # what a moving average forgets in a step: 0.99 and 0.999 are far apart
     low, high = sorted((abs(was), abs(will_be)))
     return was * will_be < 0 or high > _MOST_FACTOR * low
 

@@ -1,5 +1,6 @@
 """The settings of a training run that are saved with it."""
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
@@ -34,7 +35,7 @@ class TrainerConfig(Config):
     batch_tokens: Positive | None = None
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     grad_clip: Annotated[float, Field(gt=0)] | None = None
-    out_dir: str | None = None
+    out_dir: str | Path | None = None
     save_every: Positive | None = None
     keep_last: Positive | None = 3
     compile: bool = False

@@ -1,8 +1,10 @@
 """Learning rate, weight decay and momentum of every optimizer group as functions of the step."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 
 from tinygpt.errors import ConfigError
@@ -27,9 +29,19 @@ class Rates:
     def __init__(self, optimizer: Optimizer, schedules: Mapping[str, Schedule]) -> None:
         self._optimizer = optimizer
         self.schedules = dict(schedules)
-        self._settings = [{k: v for k, v in g.items() if k not in ("params", "param_names")} for g in self._groups]
+        # torch's own schedulers and MuonAdamW keep what a group was made with under initial_..., which stays true when
+        # a second trainer takes over an optimizer whose rates have already decayed.
+        self._settings = [
+            {k: group.get(f"initial_{k}", v) for k, v in group.items() if k not in ("params", "param_names")}
+            for group in self._groups
+        ]
         self._scheduled: list[dict[str, Schedule]] = [{} for _ in self._groups]
-        for key, schedule in self.schedules.items():
+        # Those for one kind come last, so that they win over those for all.
+        for key, schedule in sorted(self.schedules.items(), key=lambda item: "." in item[0]):
+            if not callable(schedule):
+                raise ConfigError(
+                    f"the schedule {key!r} is {schedule!r}; give a function of the step, or constant(...)."
+                )
             kind, _, option = key.rpartition(".")
             matching = [
                 scheduled
@@ -49,9 +61,17 @@ class Rates:
         return self._optimizer.param_groups
 
     def apply(self, step: int) -> dict[str, Any]:
-        """Set what is scheduled to its value at this step and return the lead group."""
+        """Set what is scheduled to its value at this step and return the lead group.
+
+        Raises:
+            ConfigError: If a schedule gives something that is not a finite number.
+        """
         for index, group in enumerate(self._groups):
-            group.update(self._scheduled_values(index, step))
+            values = self._scheduled_values(index, step)
+            for option, value in values.items():
+                if not math.isfinite(value):
+                    raise ConfigError(f"the schedule of {option} gives {value} at step {step}; it must be finite.")
+            group.update(values)
         return self._groups[self.lead]
 
     def restore_settings(self) -> None:
@@ -84,6 +104,6 @@ def _numbers(values: dict[str, Any]) -> dict[str, float]:
             continue
         is_sequence = isinstance(value, tuple | list)
         for index, item in enumerate(value if is_sequence else (value,)):
-            if isinstance(item, int | float):
+            if isinstance(item, int | float) or (isinstance(item, Tensor) and item.numel() == 1):
                 numbers[f"{key}[{index}]" if is_sequence else key] = float(item)
     return numbers

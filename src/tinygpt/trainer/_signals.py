@@ -1,5 +1,6 @@
 """Stopping between two steps when the user or the system asks."""
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -21,37 +22,52 @@ class Interrupted(SystemExit):
 
 
 class StopRequest:
-    """Which signal asked to stop, if any."""
+    """Which signal asked to stop, if any, and whether that was acted upon."""
 
     def __init__(self) -> None:
         self.signal_number: int | None = None
+        self.done = False
 
 
 @contextmanager
 def stop_on_signal() -> Iterator[StopRequest]:
     """Note SIGINT and SIGTERM instead of dying; a second one acts as it did before.
 
-    Outside the main thread, where handlers cannot be set, signals keep their meaning.
+    A request that nobody acted upon when the context ends is raised again. Outside the main thread, where handlers
+    cannot be set, signals keep their meaning.
     """
     request = StopRequest()
-    if threading.current_thread() is not threading.main_thread():
+    if not _in_main_thread():
         yield request
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def restore() -> None:
         for number, handler in before.items():
-            if handler is not None:  # None: set by code that is not Python, which cannot be set again from here
+            # Only what is still ours; None was set by code that is not Python and cannot be set again from here.
+            if _in_main_thread() and signal.getsignal(number) is note and handler is not None:
                 signal.signal(number, handler)
 
     def note(number: int, frame: FrameType | None) -> None:
-        request.signal_number = number
         restore()
+        if active:
+            request.signal_number = number
+            # Not print: a handler may run in the middle of another print.
+            os.write(2, b"\nstopping after this step; press Ctrl-C again to stop at once\n")
+        else:
+            signal.raise_signal(number)
 
+    active = True
     for number in before:
         signal.signal(number, note)
     try:
         yield request
     finally:
-        if request.signal_number is None:
-            restore()
+        active = False
+        restore()
+        if request.signal_number is not None and not request.done:
+            signal.raise_signal(request.signal_number)
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()

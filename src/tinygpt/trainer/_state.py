@@ -1,50 +1,54 @@
 """Gathering the state of a run into a checkpoint, and continuing from one."""
 
-from collections.abc import Collection
+import logging
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 import tinygpt
-from tinygpt.checkpoint import load_state, save_state
+from tinygpt.checkpoint import load_state, save_state, verify
 from tinygpt.config import Config
-from tinygpt.errors import CheckpointError, DataError
-from tinygpt.model import GPT
-from tinygpt.trainer._changes import Change, compare_rates, compare_values, refuse_unaccepted
+from tinygpt.data import BatchLoader
+from tinygpt.errors import CheckpointError, TinyGPTError
+from tinygpt.model import GPT, independent_tensors
+from tinygpt.trainer._changes import Change, compare_rates, compare_values, format_changes, refuse_unaccepted
 from tinygpt.trainer._random import random_state, restore_random_state
 
 if TYPE_CHECKING:
     from tinygpt.trainer._trainer import Trainer
 
 _WEIGHTS = "model.safetensors"
+_TOPICS = {"batch_tokens": "schedule", "loss": "model"}
+
+logger = logging.getLogger("tinygpt")
 
 
 def save(trainer: "Trainer", folder: Path) -> Path:
     """Write everything that decides what the run does next."""
-    loader_state = trainer.loader.state_dict() if hasattr(trainer.loader, "state_dict") else None
+    model = _plain(trainer.model)
     state = {
         "next_step": trainer.next_step,
         "tokens": trainer.tokens,
-        "elapsed_seconds": trainer._watch.elapsed,
+        "elapsed_seconds": trainer.elapsed_seconds,
         "environment": _environment(trainer),
         "settings": _settings(trainer),
-        "model_config": _model_config(trainer.model),
+        "model_config": _model_config(model),
         "rates": trainer.rates.at(trainer.next_step),
-        "loader": loader_state,
+        "loader": _loader_state(trainer),
         "optimizer": trainer.optimizer.state_dict(),
         "random": random_state(),
     }
 
     def write_files(folder: Path) -> None:
-        if isinstance(trainer.model, GPT) and trainer.model.config is not None:
-            trainer.model.save_pretrained(folder)
+        if isinstance(model, GPT) and model.config is not None:
+            model.save_pretrained(folder)
         else:
-            save_file(
-                {k: v.detach().cpu().contiguous() for k, v in trainer.model.state_dict().items()}, folder / _WEIGHTS
-            )
+            weights = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
+            save_file(independent_tensors(weights), folder / _WEIGHTS)
         if trainer.tokenizer is not None:
             trainer.tokenizer.save(folder)
 
@@ -52,68 +56,88 @@ def save(trainer: "Trainer", folder: Path) -> Path:
 
 
 def load(trainer: "Trainer", folder: Path, accept: Collection[str]) -> list[Change]:
-    """Compare, refuse what was not accepted, then load loader, weights, optimizer and random state."""
+    """Compare, refuse what was not accepted, then load loader, optimizer, weights and random state, all or nothing."""
     state = load_state(folder)
+    if _WEIGHTS not in verify(folder):
+        raise CheckpointError(f"{folder} holds no {_WEIGHTS}.")
+    weights = load_file(folder / _WEIGHTS)
+    loader: Any = trainer.loader
+    before = _loader_state(trainer)
     try:
         changes = _compare(trainer, state)
         refuse_unaccepted(changes, accept)
+        progress = (int(state["next_step"]), int(state["tokens"]), float(state["elapsed_seconds"]))
+        _check_weights(_plain(trainer.model), weights)
         _load_loader(trainer, state["loader"], accept)
-        weights = load_file(folder / _WEIGHTS)
-        trainer.model.load_state_dict(weights, strict=True)
         trainer.optimizer.load_state_dict(state["optimizer"])
         trainer.rates.restore_settings()
-        trainer.next_step = state["next_step"]
-        trainer.tokens = state["tokens"]
-        trainer._watch.elapsed = state["elapsed_seconds"]
+        _plain(trainer.model).load_state_dict(weights, strict=True)
         restore_random_state(state["random"])
-    except DataError as error:
-        raise CheckpointError(f"{folder} cannot be continued with this data: {error}") from None
-    except (KeyError, RuntimeError, OSError) as error:
+    except (TinyGPTError, KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        if before is not None:
+            loader.load_state_dict(before)  # as if nothing had been tried
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{folder} does not fit this run: {error}") from None
+    trainer.set_progress(*progress)
+    if changes:
+        logger.warning("going on from %s at step %d, with changes:\n%s", folder, progress[0], format_changes(changes))
     return changes
 
 
 def _compare(trainer: "Trainer", state: dict[str, Any]) -> list[Change]:
-    step = state["next_step"]
-    changes = compare_rates(state["rates"], trainer.rates.at(step))
-    changes += compare_values(state["model_config"], _model_config(trainer.model), prefix="model ", topic="model")
-    changes += _compare_loader(state["loader"], trainer)
-    changes += compare_values(state["settings"], _settings(trainer))
-    changes += compare_values(state["environment"], _environment(trainer))
-    return changes
+    model_config = _model_config(_plain(trainer.model))
+    return [
+        *compare_rates(state["rates"], trainer.rates.at(state["next_step"])),
+        *compare_values(state["model_config"], model_config, prefix="model ", topics="model"),
+        *_compare_loader(state["loader"], _loader_state(trainer)),
+        *compare_values(state["settings"], _settings(trainer), topics=_TOPICS),
+        *compare_values(state["environment"], _environment(trainer)),
+    ]
 
 
-def _compare_loader(saved: dict[str, Any] | None, trainer: "Trainer") -> list[Change]:
-    now = trainer.loader.state_dict() if hasattr(trainer.loader, "state_dict") else None
+def _compare_loader(saved: dict[str, Any] | None, now: dict[str, Any] | None) -> list[Change]:
     if saved is None or now is None:
-        same = saved is None and now is None
-        return [] if same else [Change("loader position", saved is not None, now is not None, "data")]
+        # Without a position the data starts over, which nobody would see in the loss for a while.
+        return [Change("loader position", "saved" if saved else "not saved", "starts over", "data")]
     keys = ("source_fingerprint", "tokenizer_fingerprint")
-    return compare_values({k: saved.get(k) for k in keys}, {k: now.get(k) for k in keys}, topic="data")
+    return compare_values({k: saved.get(k) for k in keys}, {k: now.get(k) for k in keys}, topics="data")
+
+
+def _loader_state(trainer: "Trainer") -> dict[str, Any] | None:
+    return trainer.loader.state_dict() if hasattr(trainer.loader, "state_dict") else None
 
 
 def _load_loader(trainer: "Trainer", saved: dict[str, Any] | None, accept: Collection[str]) -> None:
     if saved is None or not hasattr(trainer.loader, "load_state_dict"):
         return
-    if "data" in accept:
-        trainer.loader.load_state_dict(saved, allow_source_change=True)
+    if isinstance(trainer.loader, BatchLoader):
+        trainer.loader.load_state_dict(saved, allow_source_change="data" in accept)
     else:
         trainer.loader.load_state_dict(saved)
-    trainer._batches = iter(trainer.loader)
+
+
+def _check_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Refuse weights that do not fit before anything else is loaded."""
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    if different := sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)):
+        lines = [f"{name} was {found.get(name)}, is {expected.get(name)}" for name in different[:8]]
+        raise CheckpointError(f"the checkpoint's weights do not fit the model: {'; '.join(lines)}")
 
 
 def _settings(trainer: "Trainer") -> dict[str, Any]:
-    """Return what shapes training besides model, data and rates; a change of these alone is harmless or wanted."""
+    """Return what shapes training besides model, data and rates."""
     config = trainer.config
+    schedules = {key: repr(schedule) for key, schedule in trainer.rates.schedules.items()}
     return {
         "num_steps": config.num_steps,
         "batch_tokens": config.batch_tokens,
         "grad_clip": config.grad_clip,
         "precision": str(trainer.precision),
         "loss": getattr(trainer.loss_fn, "__name__", type(trainer.loss_fn).__name__),
-        **{f"schedule {key}": repr(schedule) for key, schedule in trainer.rates.schedules.items()},
+        # The default repr of a function names an address, which differs in every process.
+        **{f"schedule {key}": "a function" if " at 0x" in text else text for key, text in schedules.items()},
     }
 
 
@@ -129,3 +153,8 @@ def _environment(trainer: "Trainer") -> dict[str, Any]:
 def _model_config(model: nn.Module) -> dict[str, Any]:
     config = getattr(model, "config", None)
     return config.model_dump() if isinstance(config, Config) else {}
+
+
+def _plain(model: nn.Module) -> nn.Module:
+    """Return the module inside what torch.compile wrapped, whose parameters have their own names."""
+    return getattr(model, "_orig_mod", model)

@@ -1,9 +1,10 @@
 """The training loop."""
 
+import contextlib
 import math
 import sys
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,14 @@ from torch.optim import Optimizer
 from tinygpt import metrics
 from tinygpt.checkpoint import checkpoint_folder, latest_checkpoint, list_checkpoints, remove_old_checkpoints
 from tinygpt.data import Batch
-from tinygpt.errors import ConfigError, DataError, NonFiniteError
+from tinygpt.errors import CheckpointError, ConfigError, DataError, NonFiniteError
 from tinygpt.losses import LossFunction, next_token_loss
 from tinygpt.metrics import MetricsFile, StepMetrics, Stopwatch
 from tinygpt.schedules import Schedule
 from tinygpt.tokenizer import Tokenizer
 from tinygpt.trainer import _state
-from tinygpt.trainer._changes import Change
+from tinygpt.trainer._batches import find_non_finite, read_micro_batches, to_device
+from tinygpt.trainer._changes import Change, check_accept
 from tinygpt.trainer._config import TrainerConfig, multiplies_bfloat16_fast, resolve_precision
 from tinygpt.trainer._hooks import Hook
 from tinygpt.trainer._progress import progress_bar
@@ -78,6 +80,9 @@ class Trainer:
     ) -> None:
         if config.save_every is not None and config.out_dir is None:
             raise ConfigError("save_every needs an out_dir to save into.")
+        self._parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        if not {id(parameter) for parameter in self._parameters} & {id(p) for p in model.parameters()}:
+            raise ConfigError("the optimizer holds no parameter of this model: make it from the model you train.")
         self.model = model
         self.optimizer = optimizer
         self.loader = loader
@@ -95,10 +100,15 @@ class Trainer:
                 block.compile(dynamic=False)
         self._batches = iter(loader)
         self._watch = Stopwatch()
-        self._parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self._peak_flops = metrics.peak_flops(self.device, self.precision)
+        self._flops: dict[int, int | None] = {}
         self._metrics_file: MetricsFile | None = None
         self._last_saved: Path | None = None
+
+    @property
+    def elapsed_seconds(self) -> float:
+        """Training time of the run so far, evaluation and saving not included."""
+        return self._watch.elapsed
 
     @property
     def checkpoint_dir(self) -> Path | None:
@@ -110,19 +120,26 @@ class Trainer:
 
         Raises:
             ConfigError: If `out_dir` holds another run's checkpoints, or batches do not make up `batch_tokens`.
+            DataError: If the loader ends or a step has no target.
             NonFiniteError: If a loss or gradient is not finite; weights and optimizer are as before that step.
             CheckpointError: If a checkpoint cannot be written.
             Interrupted: After SIGINT or SIGTERM, once the state is saved.
         """
+        return self._run()
+
+    def _run(self) -> Generator[StepMetrics, None, None]:
         output = self._open_output()
         with stop_on_signal() as request:
             while self.next_step < self.config.num_steps:
                 step = self._train_step()
                 if output is not None:
                     output.write_step(step)
-                yield step
-                self._save_if_due(stopping=request.signal_number is not None)
+                try:
+                    yield step
+                finally:  # also when the caller leaves the loop, or an evaluation in it fails
+                    self._save_if_due(stopping=request.signal_number is not None)
                 if request.signal_number is not None:
+                    request.done = True
                     self._report_stop()
                     raise Interrupted(request.signal_number)
 
@@ -137,8 +154,8 @@ class Trainer:
             The last step, or `None` if there was none left to do.
         """
         step = None
-        with progress_bar(self, enabled=progress) as show:
-            for step in self:
+        with progress_bar(self, enabled=progress) as show, contextlib.closing(self._run()) as steps:
+            for step in steps:
                 show(step)
                 for hook in hooks:
                     hook(self, step)
@@ -161,11 +178,15 @@ class Trainer:
         Raises:
             ConfigError: If there is neither a folder nor an `out_dir`.
             CheckpointError: If it cannot be written.
+            NonFiniteError: If a weight is not finite: such a checkpoint could only mislead.
         """
         if folder is None:
             if self.checkpoint_dir is None:
                 raise ConfigError("save_state needs a folder, or a TrainerConfig with out_dir.")
             folder = checkpoint_folder(self.checkpoint_dir, self.next_step)
+        with torch.no_grad():
+            if not math.isfinite(torch.nn.utils.get_total_norm(list(self.model.parameters()))):
+                raise NonFiniteError(f"weights are not finite after step {self.next_step - 1}, so they are not saved.")
         self._last_saved = _state.save(self, Path(folder))
         if self.on_save is not None:
             self.on_save(self._last_saved)
@@ -187,8 +208,17 @@ class Trainer:
         Raises:
             CheckpointError: If the checkpoint is damaged or does not fit, or a difference was not accepted.
         """
-        changes = _state.load(self, Path(folder), accept)
-        self._last_saved = Path(folder)
+        check_accept(accept)
+        folder = Path(folder)
+        if self.checkpoint_dir is not None:
+            later = [path for path in list_checkpoints(self.checkpoint_dir) if path.name > folder.name]
+            if later and folder.parent.resolve() == self.checkpoint_dir.resolve():
+                raise CheckpointError(
+                    f"{self.checkpoint_dir} goes on after {folder.name}, up to {later[-1].name}: "
+                    "to branch from an earlier step choose another out_dir; to go on use trainer.resume()."
+                )
+        changes = _state.load(self, folder, accept)
+        self._last_saved = folder
         self._metrics_file = None
         if output := self._open_output():
             rows = [[c.name, c.was, c.will_be] for c in changes]
@@ -198,44 +228,71 @@ class Trainer:
     def resume(self, *, accept: Collection[str] = ()) -> list[Change] | None:
         """Continue from the newest whole checkpoint in `out_dir`; return `None` if there is none, else as `load_state`.
 
+        Newer ones that are damaged are moved out of the way, as `damaged-step-NNNNNN`, with a warning.
+
         Raises:
-            CheckpointError: As in `load_state`.
+            CheckpointError: As in `load_state`, or if there are checkpoints and none is whole.
         """
-        folder = None if self.checkpoint_dir is None else latest_checkpoint(self.checkpoint_dir)
-        return None if folder is None else self.load_state(folder, accept=accept)
+        if self.checkpoint_dir is None or not self.checkpoint_dir.exists():
+            return None
+        folder = latest_checkpoint(self.checkpoint_dir)
+        found = list_checkpoints(self.checkpoint_dir)
+        if folder is None and found:
+            raise CheckpointError(
+                f"no checkpoint in {self.checkpoint_dir} is whole; choose another out_dir to start over."
+            )
+        if folder is None:
+            return None
+        for damaged in found[found.index(folder) + 1 :]:
+            damaged.rename(damaged.with_name(f"damaged-{damaged.name}"))
+        return self.load_state(folder, accept=accept)
+
+    def set_progress(self, next_step: int, tokens: int, elapsed_seconds: float) -> None:
+        """Set where the run stands; `load_state` does so, and nobody else needs to."""
+        self.next_step, self.tokens = next_step, tokens
+        self._watch = Stopwatch(elapsed_seconds)
+        self._batches = iter(self.loader)
 
     def _train_step(self) -> StepMetrics:
         self._watch.start()
         lead = self.rates.apply(self.next_step)
         self.model.train()
+        self.model.zero_grad()  # whatever a failed step or the user's own backward left there
         losses: list[Tensor] = []
         counts: list[Tensor] = []
         batches: list[Batch] = []
-        num_micro_batches, expected = 1, 0
-        while len(batches) < num_micro_batches:
-            batch = next(self._batches)
-            if not batches:
-                num_micro_batches = self._num_micro_batches(batch)
-                expected = num_micro_batches * batch.targets.numel()
+        expected = 0
+        for batch in read_micro_batches(self._batches, self.config.batch_tokens, self.next_step):
+            expected = self.config.batch_tokens or batch.targets.numel()
             batches.append(batch)
-            loss = self.loss_fn(self.model, batch.to(self.device, non_blocking=True))
+            loss = self.loss_fn(self.model, to_device(batch, self.device))
             # Divided by the number of positions here and by the number of targets below where they differ: one
             # global count over all micro-batches, without waiting for the device to count.
             (loss.total / expected).backward()  # type: ignore[no-untyped-call]
-            losses.append(loss.total.detach())
+            losses.append(loss.total.detach().float())
             counts.append(loss.count)
         gradients = [p.grad for p in self._parameters if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        # The only wait for the device in a step: all numbers in one transfer.
-        numbers = torch.stack([*losses, *(count.to(norm.device) for count in counts), norm]).tolist()
-        totals, count = numbers[:num_micro_batches], sum(numbers[num_micro_batches:-1])
+        norm = torch.nn.utils.get_total_norm(gradients).float()
+        # The only wait for the device in a step: all numbers in one transfer. float32 counts exactly to 16.7 million.
+        numbers = torch.stack([*losses, *(count.float() for count in counts), norm]).tolist()
+        totals, count = numbers[: len(batches)], sum(numbers[len(batches) : -1])
         if count == 0:
             self.optimizer.zero_grad()
             raise DataError(f"step {self.next_step} has no target to train on: all of its batches are masked.")
         mean, grad_norm = sum(totals) / count, numbers[-1] * expected / count
         if not (math.isfinite(mean) and math.isfinite(grad_norm)):
             self.optimizer.zero_grad()
-            raise NonFiniteError(self._non_finite_report(batches, totals, grad_norm))
+            where = find_non_finite(self.model, self.loss_fn, batches, totals, self.device)
+            raise NonFiniteError(
+                f"step {self.next_step}: "
+                + (
+                    f"the loss is not finite in {where}"
+                    if where
+                    else f"losses are finite, the gradient norm is {grad_norm}"
+                )
+                + f". The weights were not changed. Last good checkpoint: {self._last_saved or 'none was saved'}. "
+                "Look at those rows, lower the learning rate, or set grad_clip."
+            )
         factor = expected / count
         if self.config.grad_clip is not None and grad_norm > self.config.grad_clip:
             factor *= self.config.grad_clip / grad_norm
@@ -246,15 +303,15 @@ class Trainer:
         self.tokens += expected
         self.next_step += 1
         seconds = self._watch.stop()
-        flops = getattr(self.model, "flops_per_token", None)
         speed = expected / seconds
-        mfu = None if flops is None or not self._peak_flops else speed * flops(batch.inputs.shape[1]) / self._peak_flops
+        flops = self._flops_per_token(batches[0].inputs.shape[1])
+        mfu = None if flops is None or not self._peak_flops else speed * flops / self._peak_flops
         return StepMetrics(
             index=self.next_step - 1,
             loss=mean,
             grad_norm=grad_norm,
-            lr=lead["lr"],
-            weight_decay=lead.get("weight_decay", 0.0),
+            lr=float(lead["lr"]),
+            weight_decay=float(lead.get("weight_decay", 0.0)),
             momentum=lead.get("momentum"),
             tokens=self.tokens,
             epoch=getattr(self.loader, "epoch", None),
@@ -264,48 +321,27 @@ class Trainer:
             elapsed_seconds=self._watch.elapsed,
         )
 
-    def _num_micro_batches(self, batch: Batch) -> int:
-        tokens = batch.targets.numel()
-        wanted = self.config.batch_tokens or tokens
-        if wanted % tokens:
-            rows, seq = batch.targets.shape
-            raise ConfigError(
-                f"batch_tokens={wanted} is not a multiple of the loader's batch of {rows} x {seq} = {tokens} tokens."
-            )
-        return wanted // tokens
-
-    def _non_finite_report(self, batches: list[Batch], totals: list[float], grad_norm: float) -> str:
-        bad = [index for index, total in enumerate(totals) if not math.isfinite(total)]
-        where = f"the gradient norm is {grad_norm} though every loss is finite"
-        if bad:
-            places = []
-            for index in bad:
-                rows = []
-                for row in range(len(batches[index].inputs)):
-                    single = Batch(*(part[row : row + 1] for part in batches[index])).to(self.device)
-                    with torch.no_grad():
-                        if not math.isfinite(float(self.loss_fn(self.model, single).total)):
-                            rows.append(row)
-                places.append(f"micro-batch {index} rows {rows}")
-            where = f"the loss is not finite in {', '.join(places)}"
-        checkpoint = self._last_saved or "none was saved"
-        return (
-            f"step {self.next_step}: {where}. The weights were not changed. Last good checkpoint: {checkpoint}. "
-            "Look at those rows, lower the learning rate, or set grad_clip."
-        )
+    def _flops_per_token(self, seq_len: int) -> int | None:
+        if seq_len not in self._flops:
+            count = getattr(self.model, "flops_per_token", None)
+            self._flops[seq_len] = None if count is None else count(seq_len)
+        return self._flops[seq_len]
 
     def _save_if_due(self, *, stopping: bool) -> None:
         if self.config.out_dir is None or self.checkpoint_dir is None:
             return
         every = self.config.save_every
         due = self.next_step == self.config.num_steps or (every is not None and self.next_step % every == 0)
-        if due or stopping:
+        there = checkpoint_folder(self.checkpoint_dir, self.next_step)
+        if (due or stopping) and self._last_saved != there:
             self.save_state()
             if self.config.keep_last is not None:
-                remove_old_checkpoints(self.checkpoint_dir, keep_last=self.config.keep_last)
+                remove_old_checkpoints(self.checkpoint_dir, keep_last=self.config.keep_last, keep=there)
 
     def _report_stop(self) -> None:
-        if self.config.out_dir is None:
+        if self.next_step == self.config.num_steps:
+            text = "that was the last one, training is complete"
+        elif self.config.out_dir is None:
             text = "nothing was saved, since the TrainerConfig has no out_dir"
         else:
             text = f"the state is saved in {self._last_saved}; to go on, run the same program with trainer.resume()"
@@ -320,7 +356,10 @@ class Trainer:
                 f"{self.config.out_dir} already holds a run, saved up to {found[-1].name}: "
                 "continue it with trainer.resume(), or choose another out_dir."
             )
-        self._metrics_file = MetricsFile(Path(self.config.out_dir) / "metrics.jsonl", next_step=self.next_step)
+        try:
+            self._metrics_file = MetricsFile(Path(self.config.out_dir) / "metrics.jsonl", next_step=self.next_step)
+        except OSError as error:
+            raise ConfigError(f"out_dir={str(self.config.out_dir)!r} cannot be written: {error}.") from None
         return self._metrics_file
 
 
@@ -330,7 +369,8 @@ def _set_precision(model: nn.Module, precision: str, device: torch.device) -> to
     chosen = getattr(model, "compute_dtype", None)
     dtype = chosen if precision == "auto" and chosen is not None else resolve_precision(precision, device)
     if setter is not None:
-        setter(dtype)
+        # Nothing to set for float32 on its own: the model then follows its embedding, also on another device later.
+        setter(None if precision == "auto" and dtype == torch.float32 else dtype)
     elif precision == "bfloat16":
         raise ConfigError(
             "precision='bfloat16' needs a model with set_compute_dtype(), as GPT has; "

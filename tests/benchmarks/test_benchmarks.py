@@ -1,0 +1,93 @@
+"""Every benchmark runs in its quick mode, prints its table and writes JSON that says where and how it ran."""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = sorted(path for path in (ROOT / "benchmarks").glob("*.py") if not path.name.startswith("_"))
+# What each file measures beside the time; a script may write more than one file.
+FILES = {
+    "import_time": {"import_time": {"over_torch_seconds"}},
+    "loss": {"loss": {"extra_mib"}},
+    "optimizer_step": {"optimizer_step": {"extra_mib", "extra_fraction"}},
+    "packing": {"packing": {"rows_per_second"}, "loader": {"tokens_per_second", "cropped_fraction"}},
+    "training_step": {"training_step": set()},
+}
+
+
+def run(script: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    # One thread: a tiny model on a busy machine waits longer for its threads than it computes.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(script), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+
+
+def test_every_benchmark_is_listed_here() -> None:
+    assert {script.stem for script in SCRIPTS} == set(FILES)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
+def test_a_quick_run_prints_a_table_and_writes_what_is_behind_it(script: Path, tmp_path: Path) -> None:
+    finished = run(script, "--quick", "--results", str(tmp_path))
+    assert finished.returncode == 0, finished.stderr
+    assert {path.stem.removesuffix("-quick") for path in tmp_path.iterdir()} == set(FILES[script.stem])
+    for path in tmp_path.iterdir():
+        content = json.loads(path.read_text("utf-8"))
+        assert set(content) == {"benchmark", "machine", "settings", "rounds", "rows"}
+        assert set(content["machine"]) >= {"cpu", "cores", "threads", "python", "torch", "tinygpt", "commit"}
+        assert len(content["rows"]) >= 2
+        assert any(row["speed"] == 1.0 for row in content["rows"]), "no row is the baseline"
+        for row in content["rows"]:
+            assert set(row) >= {"variant", "median_seconds", "quartile_seconds", "speed", "speed_quartiles"}
+            assert set(row) >= FILES[script.stem][content["benchmark"]]
+            assert len(row["seconds"]) == content["rounds"] == 2
+            assert min(row["seconds"]) <= row["median_seconds"] <= max(row["seconds"])
+            assert f"| {row['variant']} " in finished.stdout
+
+
+def test_memory_is_that_of_a_fresh_process(tmp_path: Path) -> None:
+    # 64 MiB of ones in the child, and a gigabyte held by the parent, which must not count.
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys\n"
+        f"sys.path.insert(0, {str(ROOT / 'benchmarks')!r})\n"
+        "import torch\n"
+        "from _measure import peak_memory\n"
+        "def build(mib):\n"
+        "    return lambda: torch.ones(mib * 2**18).sum()\n"
+        "if __name__ == '__main__':\n"
+        "    held = torch.ones(1024 * 2**18)\n"
+        "    print(*((m.extra_mib if m else -1) for m in (peak_memory(build, 64), peak_memory(build, 256))))\n"
+    )
+    finished = run(script)
+    assert finished.returncode == 0, finished.stderr
+    small, large = map(float, finished.stdout.split())
+    if small < 0:
+        pytest.skip("this system does not tell the memory of a process")
+    assert 60 < small < 128
+    assert 250 < large < 320
+
+
+def test_a_round_count_below_one_is_refused() -> None:
+    finished = run(ROOT / "benchmarks" / "import_time.py", "--rounds", "0")
+    assert finished.returncode == 2
+    assert "0 is not positive" in finished.stderr
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
+def test_a_file_states_its_question_first(script: Path) -> None:
+    question = ast.get_docstring(ast.parse(script.read_text("utf-8")))
+    assert question is not None
+    assert question.splitlines()[0].endswith("?")
+
+
+def test_help_gives_the_question_and_the_options() -> None:
+    help_text = run(ROOT / "benchmarks" / "import_time.py", "--help").stdout
+    assert "How much does `import tinygpt` cost" in help_text
+    assert all(option in help_text for option in ("--rounds", "--quick", "--results"))
