@@ -20,19 +20,20 @@ from pathlib import Path
 import torch
 
 from tinygpt import GPT, GPTConfig, Trainer, TrainerConfig
-from tinygpt.checkpoint import list_checkpoints
+from tinygpt.checkpoint import checkpoint_step, claim_run_folder, latest_checkpoint
 from tinygpt.data import BatchLoader, DocumentSource, Overflow, ValidationSet, embedded_corpus, open_source
 from tinygpt.errors import HubError, TinyGPTError
 from tinygpt.evals import evaluate_bpb, unigram_bpb
 from tinygpt.generate import stream_text
 from tinygpt.hub import upload_folder
+from tinygpt.memory import training_memory
 from tinygpt.metrics import StepMetrics
 from tinygpt.optim import MuonAdamW, nanochat_rules, param_groups
 from tinygpt.report import plot_run
 from tinygpt.scaling import lr_factor
 from tinygpt.schedules import Schedule, cosine_weight_decay, muon_momentum, warmup_stable_decay
 from tinygpt.tokenizer import Tokenizer, load_tokenizer, train_bpe
-from tinygpt.trainer import every, format_changes
+from tinygpt.trainer import every
 
 # The documented run. Everything it did not choose itself is a default of GPTConfig and nanochat_rules.
 DECAY_FRACTION, FINAL_LR = 0.65, 0.05  # the last 65 % of the horizon decay, down to 5 % of the rate
@@ -88,27 +89,27 @@ def read_tokenizer(folder: Path, source: DocumentSource, vocab_size: int) -> Tok
     return load_tokenizer(folder)
 
 
-def build(scale: Scale, device: str, seed: int) -> tuple[GPT, MuonAdamW]:
-    """Make a new model and its optimizer."""
+def build(scale: Scale, device: str, seed: int, precision: torch.dtype) -> tuple[GPT, MuonAdamW]:
+    """Make a new model and its optimizer; in bfloat16 the token tables are stored in it as well."""
     torch.manual_seed(seed)
-    model = GPT.from_config(scale.model).to(device)
-    if device == "cuda":
-        model.set_compute_dtype(torch.bfloat16, embeddings=True)
+    model = GPT.from_config(scale.model).to(device).set_compute_dtype(precision, embeddings=True)
     decay = WEIGHT_DECAY * scale.lr_scale
     rules = nanochat_rules(model_dim=scale.model.dim, batch_lr_scale=scale.lr_scale, weight_decay=decay)
     return model, MuonAdamW(param_groups(model, rules))
 
 
-def print_plan(scale: Scale, model: GPT, phases: list[tuple[int, int]]) -> None:
-    """Say what is going to happen before it does."""
+def print_plan(scale: Scale, phases: list[tuple[int, int]], precision: torch.dtype) -> None:
+    """Say what is going to happen before it does; the model is built without memory for its weights."""
+    with torch.device("meta"):
+        model, optimizer = build(scale, "meta", seed=0, precision=precision)
     counts = model.num_parameters()
     roles = ", ".join(f"{role.replace('_', ' ')} {count:,}" for role, count in counts._asdict().items())
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    moments = 4 * (counts.matrices + 2 * (counts.total - counts.matrices))  # Muon keeps one number, AdamW two
-    tokens = scale.batch_tokens * scale.total_steps
+    memory = training_memory(model, optimizer, rows=scale.rows, seq_len=scale.model.max_seq_len)
+    parts = ", ".join(f"{part} {size / 2**20:,.0f}" for part, size in memory._asdict().items())
     print(f"model      {counts.total:,} parameters: {roles}")
-    print(f"tokens     {scale.batch_tokens:,} a step x {scale.total_steps:,} steps = {tokens:,}")
-    print(f"memory     {(2 * weights + moments) / 2**20:,.0f} MiB of weights, gradients and moments, plus activations")
+    tokens = scale.batch_tokens * scale.total_steps
+    print(f"tokens     {tokens:,}: {scale.total_steps:,} steps of {scale.batch_tokens:,}")
+    print(f"memory     about {memory.total / 2**20:,.0f} MiB, an estimate: {parts}")
     for number, (last_step, horizon) in enumerate(phases, start=1):
         start = horizon - round(DECAY_FRACTION * horizon)
         print(f"phase {number}    to step {last_step:,}: warm-up over {scale.warmup_steps} steps, constant, ", end="")
@@ -145,11 +146,13 @@ def main() -> None:
     phases = [(scale.phase_1_steps, scale.phase_1_steps if args.recipe == "documented" else total), (total, total)]
     train = open_source(args.data) if args.data else embedded_corpus("train")
     held_out = open_source(args.validation) if args.validation else embedded_corpus("validation")
+    run = {"scale": args.scale, "recipe": args.recipe, "seed": args.seed, "data": train.fingerprint()}
+    claim_run_folder(out, run)  # another run's folder is refused
     tokenizer = read_tokenizer(out / "tokenizer", train, scale.model.vocab_size)
     validation = ValidationSet.from_source(
         held_out, tokenizer, rows=scale.rows, seq_len=seq_len, max_tokens=scale.validation_tokens
     )
-    print_plan(scale, build(scale, args.device, args.seed)[0], phases)
+    print_plan(scale, phases, precision := torch.bfloat16 if args.device == "cuda" else torch.float32)
 
     def evaluate(trainer: Trainer, step: StepMetrics) -> None:
         report = evaluate_bpb(trainer.model, validation)
@@ -164,28 +167,25 @@ def main() -> None:
             print(f"\nnot uploaded: {error}", file=sys.stderr, flush=True)
 
     for last_step, horizon in phases:
-        saved = list_checkpoints(out / "checkpoints")
-        if saved and int(saved[-1].name.removeprefix("step-")) >= last_step:
+        saved = latest_checkpoint(out / "checkpoints")
+        if saved is not None and checkpoint_step(saved) >= last_step:
             continue
-        model, optimizer = build(scale, args.device, args.seed)
+        model, optimizer = build(scale, args.device, args.seed, precision)
         loader = BatchLoader(train, tokenizer, rows=scale.rows, seq_len=seq_len, overflow=scale.overflow)
         config = TrainerConfig(num_steps=last_step, batch_tokens=scale.batch_tokens, out_dir=str(out),
                                save_every=scale.interval, compile=args.device == "cuda")  # fmt: skip
         trainer = Trainer(model, optimizer, loader, config, schedules=schedules(scale, horizon),
                           on_save=push if args.push_to_hub else None)  # fmt: skip
-        changes = trainer.resume(accept=["schedule"] if args.recipe == "documented" else [])
-        if changes is not None:
-            print(f"\nresumed at step {trainer.next_step:,}; against the checkpoint:\n{format_changes(changes)}\n")
+        trainer.resume(accept=["schedule"] if args.recipe == "documented" else [])  # logs what changes
         trainer.fit([every(scale.interval, evaluate)])
 
-    newest = list_checkpoints(out / "checkpoints")[-1]
+    newest = latest_checkpoint(out / "checkpoints") or out
     model = GPT.from_pretrained(newest, device=args.device)
     sample = islice(BatchLoader(train, tokenizer, rows=8, seq_len=seq_len, overflow="carry"), 200)
     baseline = unigram_bpb(sample, validation)
     print(f"\n{newest} loaded again: {evaluate_bpb(model, validation)}")
     print(f"token frequencies alone: {baseline:.4f} bits per byte\n\n{PROMPT}", end="")
-    length = scale.sample_tokens
-    for piece in stream_text(model, tokenizer, PROMPT, max_new_tokens=length, temperature=0.8, top_k=50, seed=0):
+    for piece in stream_text(model, tokenizer, PROMPT, max_new_tokens=scale.sample_tokens, temperature=0.8, seed=0):
         print(piece, end="", flush=True)
     picture = plot_run(out / "metrics.jsonl", out / "curve.png", title=f"{out.name}", unigram_bpb=baseline)
     print(f"\n\nthe run in a picture: {picture}\nthe model: GPT.from_pretrained({str(newest)!r})")
@@ -196,3 +196,5 @@ if __name__ == "__main__":
         main()
     except TinyGPTError as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("\nstopped; run the same command again to go on from the last checkpoint.")

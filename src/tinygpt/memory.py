@@ -1,12 +1,12 @@
-"""What a training step is expected to need, counted before anything is allocated."""
+"""What a training step is expected to need, estimated before anything is allocated."""
 
 from typing import NamedTuple
 
-import torch
-from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from tinygpt.errors import ConfigError
 from tinygpt.layers import LMHead
+from tinygpt.model import GPT, GPTConfig
 
 
 class TrainingMemory(NamedTuple):
@@ -28,21 +28,24 @@ class TrainingMemory(NamedTuple):
 
     @property
     def total(self) -> int:
-        """All together. The allocator and the backward pass's own intermediates come on top."""
+        """All together. What the allocator keeps back and the backward pass's own intermediates come on top."""
         return sum(self)
 
 
-def training_memory(model: nn.Module, optimizer: Optimizer, *, rows: int, seq_len: int) -> TrainingMemory:
-    """Count what training with micro-batches of this size will need, without computing anything.
+def training_memory(model: GPT, optimizer: Optimizer, *, rows: int, seq_len: int) -> TrainingMemory:
+    """Estimate what training a standard model with micro-batches of this size will need.
 
-    The forward pass runs on torch's meta device, where tensors have shapes and no memory, and every tensor that
-    autograd keeps is counted once. Blocks compiled later keep less than that.
+    Weights, gradients and moments are exact. Activations are counted from the formulas of the standard blocks, run
+    without `torch.compile`; parts of your own are taken for standard ones.
 
     Args:
-        model: A model with a method `loss(inputs, targets)`, as `GPT`; on any device, the meta device included.
+        model: A model with a config; one on the meta device will do.
         optimizer: Its optimizer.
         rows: Rows of a micro-batch.
         seq_len: Tokens of a row.
+
+    Raises:
+        ConfigError: If the model has no config.
 
     Example:
         ```python
@@ -57,44 +60,35 @@ def training_memory(model: nn.Module, optimizer: Optimizer, *, rows: int, seq_le
         print(f"{memory.total / 2**30:.1f} GiB")
         ```
     """
+    if model.config is None:
+        raise ConfigError("training_memory needs a model with a config.")
     weights = sum(parameter.nbytes for parameter in model.parameters())
     gradients = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
     moments = 0
     for group in optimizer.param_groups:
         numbers = 1 if group.get("kind") == "muon" else 2 if "betas" in group else 0
         moments += numbers * 4 * sum(parameter.numel() for parameter in group["params"])
-    chunk = 0
-    for head in model.modules():
-        if isinstance(head, LMHead):
-            # The logits, their tanh and two intermediates of the log-sum-exp and the gradient, in float32.
-            chunk = 4 * 4 * head.vocab_size * min(rows * seq_len, head.chunk_size(next(model.parameters()).device))
-    return TrainingMemory(weights, gradients, moments, _saved_bytes(model, rows, seq_len), chunk)
+    first = next(model.parameters())
+    width = (model.compute_dtype or first.dtype).itemsize
+    tokens = rows * seq_len
+    loss = 0
+    if isinstance(model.head, LMHead):
+        # The logits, their tanh and two intermediates, in float32, and the gradient of the weight.
+        loss = 4 * 4 * model.head.vocab_size * min(tokens, model.head.chunk_size(first.device))
+        loss += model.head.weight.nbytes
+    return TrainingMemory(weights, gradients, moments, tokens * width * _kept_numbers(model.config), loss)
 
 
-class _Loss(nn.Module):
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, token_ids: Tensor) -> Tensor:
-        total: Tensor = self.model.loss(token_ids, token_ids)[0]  # type: ignore[operator]
-        return total
-
-
-def _saved_bytes(model: nn.Module, rows: int, seq_len: int) -> int:
-    """Return the bytes that autograd keeps of one forward pass, weights and tables not counted."""
-    tensors = {f"model.{name}": tensor.to("meta") for name, tensor in model.named_parameters()}
-    tensors |= {f"model.{name}": tensor.to("meta") for name, tensor in model.named_buffers()}
-    known = {tensor.untyped_storage()._cdata for tensor in tensors.values()}
-    saved: dict[int, Tensor] = {}  # the tensors themselves, so that no storage is freed and its number used again
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()._cdata
-        if storage not in known:
-            saved.setdefault(storage, tensor)
-        return tensor
-
-    token_ids = torch.zeros(rows, seq_len, dtype=torch.int64, device="meta")
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        torch.func.functional_call(_Loss(model), tensors, (token_ids,))
-    return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+def _kept_numbers(config: GPTConfig) -> int:
+    """Return how many numbers a token leaves for the backward pass, over all layers."""
+    dim, kv_dim = config.dim, (config.num_kv_heads or config.num_heads) * config.head_dim
+    total = 6 * dim  # embedding, its norm, smear, final norm and its input, gradient of the hidden states
+    for layer in range(config.num_layers):
+        total += dim * (config.residual_scales or config.x0_scales)
+        total += 2 * dim  # input and output of the norm before attention
+        total += 2 * dim + 2 * kv_dim + kv_dim  # queries and keys before and after their norm, values
+        total += 2 * dim  # result of attention, before and after the heads are merged
+        total += kv_dim * config.has_value_embedding(layer)
+        total += 2 * dim  # input and output of the norm before the feed-forward layer
+        total += 2 * (config.hidden_dim or 4 * dim)  # relu and its square
+    return total

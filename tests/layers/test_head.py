@@ -33,7 +33,7 @@ def test_chunked_loss_and_gradients_equal_the_plain_formula(
     assert int(count) == 18
     torch.testing.assert_close(total, plain)
     for grad, reference in zip(grads, expected, strict=True):
-        torch.testing.assert_close(grad, reference, rtol=1e-5, atol=1e-6)
+        assert (grad - reference).abs().max() <= 1e-5 * reference.abs().max()
 
 
 @pytest.mark.parametrize("small", [4096, 0])

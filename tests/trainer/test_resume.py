@@ -208,7 +208,7 @@ def finish(process: subprocess.Popen[str]) -> str:
 def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("whole")
     output = finish(run_example(out))
-    for part in ("every rate goes on as planned", "resumed at step 4", "loaded again", "curve.png"):
+    for part in ("every rate goes on as planned", "at step 4, with changes", "loaded again", "curve.png"):
         assert part in output
     assert (out / "curve.png").read_bytes().startswith(b"\x89PNG")
     return out

@@ -75,6 +75,7 @@ def param_groups(model: nn.Module, rules: Sequence[Rule]) -> list[dict[str, Any]
         optimizer = MuonAdamW(groups)
         ```
     """
+    model = plain_model(model)
     members: list[list[tuple[str, Tensor]]] = [[] for _ in rules]
     unmatched = []
     for name, param in _trainable(model):
@@ -98,6 +99,11 @@ def param_groups(model: nn.Module, rules: Sequence[Rule]) -> list[dict[str, Any]
         for rule, pairs in zip(rules, members, strict=True)
         if pairs
     ]
+
+
+def plain_model(model: nn.Module) -> nn.Module:
+    """Return the module inside what `torch.compile(model)` returned, so that names are the same with and without."""
+    return getattr(model, "_orig_mod", model)
 
 
 def _trainable(model: nn.Module) -> list[tuple[str, Tensor]]:
@@ -157,6 +163,7 @@ def default_groups(
     model: nn.Module, *, muon: Mapping[str, Any], adamw: Mapping[str, Any], adamw_names: Sequence[str]
 ) -> list[dict[str, Any]]:
     """Sort the parameters of any module into a Muon and an AdamW group, as `MuonAdamW.for_model` documents."""
+    model = plain_model(model)
     reserved = embeddings_and_heads(model)
     extra = Rule(tuple(adamw_names), kind="adamw")
     pairs = _trainable(model)

@@ -22,19 +22,17 @@ class Interrupted(SystemExit):
 
 
 class StopRequest:
-    """Which signal asked to stop, if any, and whether that was acted upon."""
+    """Which signal asked to stop, if any."""
 
     def __init__(self) -> None:
         self.signal_number: int | None = None
-        self.done = False
 
 
 @contextmanager
 def stop_on_signal() -> Iterator[StopRequest]:
     """Note SIGINT and SIGTERM instead of dying; a second one acts as it did before.
 
-    A request that nobody acted upon when the context ends is raised again. Outside the main thread, where handlers
-    cannot be set, signals keep their meaning.
+    Outside the main thread, where handlers cannot be set, signals keep their meaning.
     """
     request = StopRequest()
     if not _in_main_thread():
@@ -65,8 +63,6 @@ def stop_on_signal() -> Iterator[StopRequest]:
     finally:
         active = False
         restore()
-        if request.signal_number is not None and not request.done:
-            signal.raise_signal(request.signal_number)
 
 
 def _in_main_thread() -> bool:

@@ -138,9 +138,9 @@ class Trainer:
                     yield step
                 finally:  # also when the caller leaves the loop, or an evaluation in it fails
                     self._save_if_due(stopping=request.signal_number is not None)
+                    if request.signal_number is not None:
+                        self._report_stop()
                 if request.signal_number is not None:
-                    request.done = True
-                    self._report_stop()
                     raise Interrupted(request.signal_number)
 
     def fit(self, hooks: Sequence[Hook] = (), *, progress: bool = True) -> StepMetrics | None:
