@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from tinygpt import GPT, GPTConfig
-from tinygpt.errors import ConfigError
+from tinygpt.errors import ConfigError, NonFiniteError
 from tinygpt.generate import generate, sample_token, stream_text, stream_tokens
 from tinygpt.tokenizer import ByteTokenizer
 
@@ -107,3 +107,36 @@ def test_bad_options_are_refused_before_the_first_token(model: GPT, options: dic
     arguments = {"token_ids": [256], "max_new_tokens": 4} | options
     with pytest.raises(ConfigError, match=message):
         stream_tokens(model, **arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler looks at attributes that warn when looked at
+def test_sampling_leaves_compiled_training_compiled() -> None:
+    """Each new length would be compiled anew, until torch gives up on the block for good."""
+    from torch._dynamo.testing import CompileCounter
+
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = GPT.from_config(GPTConfig.from_depth(2, head_dim=16, width_per_layer=16, vocab_size=257, max_seq_len=48))
+    counter = CompileCounter()
+    for block in model.blocks:
+        block.compile(backend=counter, dynamic=False)
+    generate(model, [256], max_new_tokens=20, seed=0)
+    assert counter.frame_count == 0
+    ids = torch.randint(256, (2, 17))
+    model.loss(ids[:, :-1], ids[:, 1:])[0].backward()
+    assert counter.frame_count > 0
+    torch._dynamo.reset()
+
+
+def test_logits_that_are_not_finite_are_said() -> None:
+    model = GPT.from_config(GPTConfig.from_depth(1, head_dim=16, width_per_layer=16, vocab_size=257, max_seq_len=8))
+    torch.nn.init.constant_(model.head.weight, float("nan"))
+    with pytest.raises(NonFiniteError, match="logits are not finite"):
+        generate(model, [256], max_new_tokens=2)
+
+
+def test_equal_logits_keep_exactly_k_tokens_and_tensors_are_prompts_too(model: GPT) -> None:
+    tokens = sample_token(torch.zeros(500, 9), top_k=2, generator=torch.Generator().manual_seed(0))
+    assert len(set(tokens.tolist())) == 2
+    prompt = torch.tensor([256, 72])
+    assert generate(model, prompt, max_new_tokens=3, seed=0) == generate(model, [256, 72], max_new_tokens=3, seed=0)

@@ -259,3 +259,11 @@ except HubError as error:
     assert "after 2 tries: the Hub cannot be reached; check the network and HF_ENDPOINT." in client(
         gone, tmp_path, code
     )
+
+
+def test_an_empty_folder_name_never_publishes_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(write_model(tmp_path))
+    with pytest.raises(HubError, match="'' is not an existing folder"):
+        upload_folder("", "user/tiny")

@@ -128,3 +128,14 @@ def test_a_full_cache_says_how_many_positions_are_needed() -> None:
 def test_flops_count_windows() -> None:
     assert CausalSelfAttention(32, 4).flops_per_token(100) == 12 * 32 * 100
     assert CausalSelfAttention(32, 4, window_tokens=10).flops_per_token(100) == 12 * 32 * 10
+
+
+def test_a_cache_of_another_shape_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"for 4 rows, 1 heads and 4 channels; got keys \(1, 1, 2, 4\)"):
+        LayerCache(4, 1, 8, 4).append(torch.zeros(1, 1, 2, 4), torch.zeros(1, 1, 2, 4))
+    with pytest.raises(ConfigError, match="positive sizes"):
+        LayerCache(1, 1, 0, 4)
+    with pytest.raises(ConfigError, match="which do not fit"):
+        causal_attention(torch.zeros(1, 1, 2, 4), torch.zeros(1, 1, 2, 4), torch.zeros(1, 1, 1, 4))
+    with pytest.raises(ConfigError, match="window_tokens=-1"):
+        CausalSelfAttention(8, 2, window_tokens=-1)

@@ -188,3 +188,10 @@ def test_bad_widths_are_refused() -> None:
 def test_layers_survive_deepcopy() -> None:
     block = Block(8, Doubling(), SwiGLU(8, 16), residual_scale=1.1)
     assert torch.equal(copy.deepcopy(block).mlp.up_proj.weight, block.mlp.up_proj.weight)
+
+
+def test_rotation_tables_stay_float32_and_follow_the_base() -> None:
+    rope, exact = RotaryEmbedding(8, 50), RotaryEmbedding(8, 50)
+    x = torch.randn(1, 1, 50, 8)
+    assert torch.equal(rope.bfloat16().float()(x), exact(x))
+    assert not torch.allclose(RotaryEmbedding(8, 50, base=10.0)(x), exact(x))

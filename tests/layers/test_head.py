@@ -139,3 +139,16 @@ def test_bad_sizes_are_refused() -> None:
     head, x, targets = head_and_data()
     with pytest.raises(ConfigError, match="do not fit targets"):
         head.loss(x, targets[:1])
+
+
+def test_an_empty_batch_and_wrong_target_types_are_handled() -> None:
+    head, x, targets = head_and_data()
+    assert head.token_losses(x[:0], targets[:0]).shape == (0, 7)
+    with pytest.raises(ConfigError, match=r"targets must be int64, got torch\.int32"):
+        head.loss(x, targets.int())
+
+
+def test_the_default_chunk_bounds_the_logits_of_a_large_vocabulary() -> None:
+    head = LMHead(4, 32_768)
+    assert head.chunk_size(torch.device("cpu")) * 32_768 <= 2**23
+    assert head.chunk_size(torch.device("cuda")) == 1024

@@ -289,3 +289,64 @@ def test_damaged_or_foreign_files_are_refused(tmp_path: Path) -> None:
     weights.unlink()
     with pytest.raises(CheckpointError, match="missing or damaged"):
         GPT.from_pretrained(tmp_path)
+
+
+def test_a_refused_call_leaves_the_cache_as_it_was() -> None:
+    model = tiny_model()
+    ids = torch.randint(61, (1, 24))
+    cache = model.new_cache(1)
+    model(ids[:, :20], cache=cache)
+    with pytest.raises(ConfigError, match="got 5 tokens for a cache with room for 4 more after 20"):
+        model(ids[:, :5], cache=cache)
+    torch.testing.assert_close(model(ids[:, 20:], cache=cache), model(ids)[:, 20:], rtol=1e-4, atol=1e-5)
+
+
+def test_any_head_that_gives_logits_trains_and_is_measured() -> None:
+    model = tiny_model()
+    plain = nn.Linear(32, 61, bias=False)
+    plain.weight = nn.Parameter(model.head.weight[:61].clone())
+    ids = torch.randint(61, (2, 25))
+    model.head.soft_cap = None
+    expected = model.loss(ids[:, :-1], ids[:, 1:])[0]
+    losses = model.token_losses(ids[:, :-1], ids[:, 1:])
+    model.head = plain
+    torch.testing.assert_close(model.loss(ids[:, :-1], ids[:, 1:])[0], expected)
+    torch.testing.assert_close(model.token_losses(ids[:, :-1], ids[:, 1:]), losses)
+
+
+def test_the_config_decides_the_base_of_the_rotation() -> None:
+    ids = torch.randint(61, (1, 24))
+    assert not torch.allclose(tiny_model(rope_base=100.0)(ids), tiny_model()(ids))
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler looks at attributes that warn when looked at
+def test_blocks_compiled_one_by_one_are_saved_under_their_own_names(tmp_path: Path) -> None:
+    model = tiny_model()
+    for index, block in enumerate(model.blocks):
+        model.blocks[index] = torch.compile(block, backend="eager")
+    model.save_pretrained(tmp_path)
+    ids = torch.randint(61, (1, 24))
+    torch.testing.assert_close(GPT.from_pretrained(tmp_path)(ids), model(ids))
+
+
+def test_absurd_sizes_are_refused_before_memory_is_asked_for(tmp_path: Path) -> None:
+    for field in ("dim", "num_heads", "max_seq_len", "vocab_size", "num_layers", "hidden_dim"):
+        with pytest.raises(ConfigError, match=rf"GPTConfig\.{field}=2147483648"):
+            GPTConfig(**{**TINY, field: 2**31})
+
+
+def test_weights_of_a_strange_dtype_are_refused(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tiny_model().save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    save_file({**weights, "head.weight": weights["head.weight"].to(torch.int32)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"dtypes other than F32.*head\.weight.*I32"):
+        GPT.from_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"dtype torch\.int8 is not a floating-point dtype"):
+        GPT.from_pretrained(tmp_path, dtype=torch.int8)
+
+
+def test_a_batch_without_rows_is_refused() -> None:
+    with pytest.raises(ConfigError, match="batch without rows"):
+        tiny_model()(torch.zeros(0, 4, dtype=torch.int64))

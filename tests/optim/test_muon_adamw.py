@@ -269,3 +269,29 @@ def test_sparse_gradients_are_refused() -> None:
     embedding(torch.tensor([1])).sum().backward()
     with pytest.raises(ConfigError, match=r"sparse gradients: weight\. Build with sparse=False"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("name", ["lm_head", "decoder", "to_logits", "generator", "fc_out", "proj"])
+def test_the_only_layer_with_an_output_for_each_entry_is_a_head_whatever_its_name(name: str) -> None:
+    model = nn.Module()
+    model.table = nn.Embedding(100, 16)
+    model.inner = nn.Linear(16, 16, bias=False)
+    model.pos = nn.Parameter(torch.zeros(12, 16))
+    setattr(model, name, nn.Linear(16, 100, bias=False))
+    groups = {group["kind"]: group["param_names"] for group in MuonAdamW.for_model(model).param_groups}
+    assert groups["muon"] == ["inner.weight"]
+    assert set(groups["adamw"]) == {"table.weight", "pos", f"{name}.weight"}
+
+
+def test_layers_as_wide_as_the_vocabulary_by_chance_are_matrices() -> None:
+    model = nn.Module()
+    model.table = nn.Embedding(64, 16)
+    model.up = nn.ModuleList(nn.Linear(16, 64, bias=False) for _ in range(2))
+    groups = {group["kind"]: group["param_names"] for group in MuonAdamW.for_model(model).param_groups}
+    assert groups["muon"] == ["up.0.weight", "up.1.weight"]
+
+
+def test_a_compiled_model_has_the_names_of_the_plain_one() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    names = [g["param_names"] for g in MuonAdamW.for_model(torch.compile(model, backend="eager")).param_groups]
+    assert names == [g["param_names"] for g in MuonAdamW.for_model(model).param_groups]

@@ -203,3 +203,24 @@ def test_a_state_of_torch_is_refused() -> None:
     model = Model()
     with pytest.raises(CheckpointError, match="the state of another optimizer"):
         MuonAdamW.for_model(model).load_state_dict(torch.optim.AdamW(model.parameters()).state_dict())
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda state: state["param_groups"][0].pop("kind"),
+        lambda state: state["param_groups"][0].update(lr="abc"),
+        lambda state: state["param_groups"][0].update(lr=float("nan")),
+        lambda state: state["param_groups"][0].update(foo=1),
+        lambda state: state.update(param_groups=None),
+        lambda state: state.update(state=[1]),
+    ],
+)
+def test_a_damaged_state_is_refused_whatever_was_damaged(damage: Callable[[dict[str, Any]], Any]) -> None:
+    parameter = torch.nn.Parameter(torch.ones(3, 3))
+    optimizer = MuonAdamW([{"params": [("w", parameter)], "kind": "muon", "lr": 0.1}])
+    state = optimizer.state_dict()
+    damage(state)
+    with pytest.raises(CheckpointError, match="optimizer state"):
+        optimizer.load_state_dict(state)
+    assert optimizer.param_groups[0]["lr"] == 0.1

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tinygpt.optim import adamw_update, muon_update, orthogonalize
+from tinygpt.optim import MuonAdamW, adamw_update, muon_update, orthogonalize
 
 HYPER = {"lr": 3e-3, "betas": (0.8, 0.995), "eps": 1e-10, "weight_decay": 0.1}
 
@@ -201,3 +201,36 @@ def test_decay_is_cautious() -> None:
     towards_zero = (start - plain) * start >= 0
     torch.testing.assert_close(plain[~towards_zero], decayed[~towards_zero], rtol=0, atol=0)
     torch.testing.assert_close((plain - decayed)[towards_zero], 0.02 * 0.5 * start[towards_zero])
+
+
+def test_a_stack_keeps_the_momentum_of_members_that_had_no_gradient_for_a_step() -> None:
+    torch.manual_seed(0)
+    weights = [torch.randn(6, 4) for _ in range(3)]
+    gradients = torch.randn(12, 3, 6, 4)
+
+    def optimizer(members: list[int]) -> tuple[list[torch.nn.Parameter], MuonAdamW]:
+        parameters = [torch.nn.Parameter(weights[index].clone()) for index in members]
+        named = [(f"w{index}", parameter) for index, parameter in zip(members, parameters, strict=True)]
+        return parameters, MuonAdamW([{"params": named, "kind": "muon", "lr": 0.1}])
+
+    together, stacked = optimizer([0, 1, 2])
+    alone = [optimizer([index]) for index in range(3)]
+    for step in range(12):
+        for index in range(3):
+            gradient = None if (step + index) % 4 == 0 else gradients[step, index].clone()
+            together[index].grad = gradient
+            alone[index][0][0].grad = None if gradient is None else gradient.clone()
+        stacked.step()
+        for _, single in alone:
+            single.step()
+    for index in range(3):
+        torch.testing.assert_close(together[index], alone[index][0][0], rtol=1e-5, atol=1e-6)
+
+
+def test_a_zero_gradient_stays_a_zero_update_with_norm_renormalization() -> None:
+    parameter = torch.nn.Parameter(torch.randn(6, 4))
+    group = {"params": [("w", parameter)], "kind": "muon", "lr": 0.1, "norm_renormalization": True}
+    before = parameter.detach().clone()
+    parameter.grad = torch.zeros_like(parameter)
+    MuonAdamW([group]).step()
+    assert torch.equal(parameter, before)
