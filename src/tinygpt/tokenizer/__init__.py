@@ -12,6 +12,9 @@ from tinygpt.tokenizer._bpe import BPETokenizer as BPETokenizer
 from tinygpt.tokenizer._bytes import ByteTokenizer as ByteTokenizer
 from tinygpt.tokenizer._huggingface import load_tokenizer_json as load_tokenizer_json
 from tinygpt.tokenizer._load import load_tokenizer as load_tokenizer
+from tinygpt.tokenizer._pool import EncodedTexts as EncodedTexts
+from tinygpt.tokenizer._pool import EncoderPool as EncoderPool
+from tinygpt.tokenizer._pool import encode_array as encode_array
 from tinygpt.tokenizer._report import TextMeasure as TextMeasure
 from tinygpt.tokenizer._report import TokenizerReport as TokenizerReport
 from tinygpt.tokenizer._report import tokenizer_report as tokenizer_report
@@ -26,10 +29,13 @@ __all__ = [
     "TIKTOKEN_PATTERNS",
     "BPETokenizer",
     "ByteTokenizer",
+    "EncodedTexts",
+    "EncoderPool",
     "TextMeasure",
     "TextSource",
     "Tokenizer",
     "TokenizerReport",
+    "encode_array",
     "load_tiktoken",
     "load_tokenizer",
     "load_tokenizer_json",
