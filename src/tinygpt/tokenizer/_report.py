@@ -60,7 +60,7 @@ class TokenizerReport:
         for name, text in (("train", self.train), ("validation", self.validation)):
             numbers = f"{text.documents:>12,}{text.num_bytes:>16,}{text.num_tokens:>16,}{text.tokens_seen:>12,}"
             lines.append(f"{name:12}{text.bytes_per_token:>12.3f}{numbers}")
-        lines += ["", "longest tokens:", *(f"  {_shown(token)}" for token in self.longest)]
+        lines += ["", "longest tokens:", *(f'  "{_shown(token)}"' for token in self.longest)]
         for sample in self.samples:
             lines += ["", "a sample of validation, cut into tokens:", "  " + "|".join(map(_shown, sample))]
         return "\n".join(lines)
