@@ -74,8 +74,8 @@ class FileCache:
                 with file:
                     yield file
         finally:
-            with self._looking:
-                self._wanted.pop(reader, None)
+            # Without the lock: a forgotten reader is collected at any place, also where this thread holds it.
+            self._wanted.pop(reader, None)
 
     def _open(self, index: int) -> BufferedReader:
         for _ in range(self._retries + 2):
@@ -129,7 +129,8 @@ class FileCache:
         rest goes first what will be read last: files of other commits, then the one just read.
         """
         with self._looking:
-            keep = {self._path(n) for wanted in self._wanted.values() for n in (wanted[:1] if required else wanted)}
+            readers = list(self._wanted.values())
+            keep = {self._path(n) for wanted in readers for n in (wanted[:1] if required else wanted)}
             turns = {self._path(n): (n - index) % len(self._files) for n in range(len(self._files))}
             sizes = {path: path.stat().st_size for path in self._folder.parent.rglob("*") if _is_data(path)}
             used = sum(sizes.values()) + self._files[index].size
