@@ -19,6 +19,7 @@ from tinygpt.data import (
     BatchLoader,
     Cursor,
     JsonLines,
+    Mixture,
     TextDocuments,
     TextFiles,
     TokenShards,
@@ -492,6 +493,28 @@ def test_a_shard_changed_since_the_state_was_saved_is_found(tmp_path: Path) -> N
     for _ in range(2):
         with pytest.raises(DataError, match=r"tokens-00001.bin was changed since it was written"):
             _take(resumed, 10)
+
+
+def test_a_shuffled_mixture_goes_on_with_other_weights() -> None:
+    letters = {name: TextDocuments([f"{name}{number:03d}" for number in range(200)]) for name in "ab"}
+
+    def build(mixture: Mixture) -> BatchLoader:
+        settings: dict[str, Any] = {"rows": 1, "seq_len": 4, "buffer_documents": 1, "seed": 1, "shuffle_documents": 20}
+        return BatchLoader(mixture, TOKENIZER, **settings)
+
+    def names(loader: BatchLoader, count: int) -> list[str]:
+        return [TOKENIZER.decode(batch.targets[0].tolist()) for batch in _take(loader, count)]
+
+    even = Mixture({"a": (letters["a"], 0.5), "b": (letters["b"], 0.5)})
+    first = build(even)
+    before = names(first, 50)
+    later = build(even.with_weights({"a": 0.0, "b": 1.0}))
+    later.load_state_dict(first.state_dict())
+    with pytest.warns(UserWarning, match="what was left of 20 shuffled together is passed over"):
+        after = names(later, 60)
+    assert {name[0] for name in before} == {"a", "b"}
+    assert {name[0] for name in after} == {"b"}
+    assert len({*before, *after}) == 110
 
 
 class Breaking(TextDocuments):

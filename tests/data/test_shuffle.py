@@ -1,4 +1,5 @@
 from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ def _documents(count: int, cursor: Cursor | None = None) -> Iterator[tuple[Token
 
 def _order(count: int, place: Place = START, **settings: int) -> list[tuple[int, Place]]:
     arguments = {"seed": 1, "epoch": 0, "window_documents": 10, **settings}
-    windows = collect_windows(_documents(count, place.cursor), place.cursor, arguments.pop("window_documents"))
+    windows = collect_windows(partial(_documents, count), place, arguments.pop("window_documents"))
     placed = shuffled(windows, place, **arguments)
     return [(int(tokens[0]), behind) for tokens, behind in placed]
 
@@ -69,3 +70,11 @@ def test_long_documents_close_a_window_early(monkeypatch: pytest.MonkeyPatch) ->
 def test_a_place_behind_the_end_of_its_window_is_refused() -> None:
     with pytest.raises(DataError, match="the loader state is damaged: 7 documents were taken of window 2, which has 5"):
         _order(5, Place(None, 2, 7))
+
+
+def test_a_window_the_source_no_longer_gives_is_passed_over_with_a_warning() -> None:
+    """The place was saved in the first window, which ended at document 12 then."""
+    with pytest.warns(UserWarning, match="the source gives other documents than .* left of 10 shuffled together is"):
+        numbers = [number for number, _ in _order(30, Place(None, 0, 3, {"document": 12}))]
+    assert sorted(numbers) == list(range(12, 30))
+    assert set(numbers[:10]) == set(range(12, 22))

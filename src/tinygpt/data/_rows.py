@@ -1,6 +1,7 @@
 """The stream of packed rows that all ranks and all batch sizes share, and places in it."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple, Self
 
 import numpy as np
@@ -84,11 +85,11 @@ class RowStream:
 
     def _read_epoch(self, place: Place) -> "_Epoch":
         """Return the documents of this epoch from a place on."""
-        documents = _encoded(self._source, self._tokenizer, place.cursor, self._workers)
+        read = partial(_encoded, self._source, self._tokenizer, self._workers)
         if self._seed is None:
-            return _Epoch(in_order(documents), place, None)
+            return _Epoch(in_order(read(place.cursor)), place, None)
         # Collecting a window takes a while from text, so the next one is collected while one is used.
-        windows = Ahead(collect_windows(documents, place.cursor, self._window_documents), depth=int(self._workers > 0))
+        windows = Ahead(collect_windows(read, place, self._window_documents), depth=int(self._workers > 0))
         return _Epoch(shuffled(windows, place, seed=self._seed, epoch=self._epoch), place, windows)
 
 
@@ -125,7 +126,7 @@ class _Epoch:
 
 
 def _encoded(
-    source: DocumentSource | TokenShards, tokenizer: Tokenizer, cursor: Cursor | None, workers: int
+    source: DocumentSource | TokenShards, tokenizer: Tokenizer, workers: int, cursor: Cursor | None
 ) -> Iterator[tuple[TokenArray, Cursor]]:
     if isinstance(source, TokenShards):
         yield from source.read(cursor)

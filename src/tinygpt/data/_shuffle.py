@@ -7,7 +7,8 @@ no more. Nothing but the documents decides where a window ends, so text and toke
 What a window does not do is mix the beginning of a corpus with its end; write sorted corpora in another order.
 """
 
-from collections.abc import Iterable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -27,11 +28,13 @@ class Place(NamedTuple):
         cursor: The source's cursor, before the window if documents are shuffled; None at the beginning.
         window: Number of the window in this epoch.
         taken: How many documents of the window come before this place.
+        window_end: The source's cursor behind the window, if some of it was taken.
     """
 
     cursor: Cursor | None = None
     window: int = 0
     taken: int = 0
+    window_end: Cursor | None = None
 
 
 class Window(NamedTuple):
@@ -62,7 +65,7 @@ def shuffled(windows: Iterable[Window], place: Place, *, seed: int, epoch: int) 
     """
     for window in windows:
         order = permutation(len(window.documents), seed=seed, epoch=epoch, window=place.window)
-        if place.taken > len(order):
+        if order and place.taken > len(order):
             raise DataError(
                 f"the loader state is damaged: {place.taken} documents were taken of window {place.window}, "
                 f"which has {len(order)}."
@@ -70,7 +73,8 @@ def shuffled(windows: Iterable[Window], place: Place, *, seed: int, epoch: int) 
         following = Place(window.end, place.window + 1)
         for taken in range(place.taken, len(order)):
             last = taken + 1 == len(order)
-            yield window.documents[order[taken]], following if last else Place(window.start, place.window, taken + 1)
+            behind = following if last else Place(window.start, place.window, taken + 1, window.end)
+            yield window.documents[order[taken]], behind
         place = following
 
 
@@ -85,9 +89,32 @@ def permutation(size: int, *, seed: int, epoch: int, window: int) -> list[int]:
 
 
 def collect_windows(
+    read: Callable[[Cursor | None], Iterable[tuple[TokenArray, Cursor]]], place: Place, window_documents: int
+) -> Iterator[Window]:
+    """Yield the documents from the window of `place` on, in windows of `window_documents`, or of many tokens.
+
+    Where the source no longer gives the window that documents were taken of, as a mixture with other weights, it
+    cannot be known which are left. They are passed over with a warning: the first window is then an empty one.
+    """
+    windows = _windows(read(place.cursor), place.cursor, window_documents)
+    if place.taken and place.window_end is not None:
+        first = next(windows, None)
+        if first is not None and first.end == place.window_end:
+            yield first
+        else:
+            warnings.warn(
+                "from the saved place on, the source gives other documents than when the loader's state was saved; "
+                f"what was left of {window_documents:,} shuffled together is passed over.",
+                stacklevel=2,
+            )
+            yield Window(place.cursor, place.window_end, [])
+            windows = _windows(read(place.window_end), place.window_end, window_documents)
+    yield from windows
+
+
+def _windows(
     documents: Iterable[tuple[TokenArray, Cursor]], start: Cursor | None, window_documents: int
 ) -> Iterator[Window]:
-    """Yield the documents from the cursor `start` on in windows of `window_documents`, or of many tokens."""
     collected: list[TokenArray] = []
     tokens_in_window = 0
     end: Cursor | None = None

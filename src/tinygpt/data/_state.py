@@ -20,6 +20,7 @@ _KEYS = {
     "cursor",
     "window",
     "taken",
+    "window_end",
     "continued",
     "counters",
     "settings",
@@ -84,7 +85,7 @@ def read_state(
     packer = PackerState(_buffer_arrays(state["tensors"]), Utilization(**state["counters"]), state["continued"])
     if saved != current:
         return Mark(0, Place(), packer)
-    return Mark(state["epoch"], Place(state["cursor"], state["window"], state["taken"]), packer)
+    return Mark(state["epoch"], Place(*(state[name] for name in Place._fields)), packer)
 
 
 def _upgraded(state: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -101,7 +102,8 @@ def _upgraded(state: Mapping[str, Any]) -> Mapping[str, Any]:
         name: value for name, value in (state.get("settings") or {}).items() if name not in ("rows", "world_size")
     }
     settings |= {"seed": None, "shuffle_documents": None}
-    return {**state, "version": _VERSION, "window": 0, "taken": 0, "continued": False, "settings": settings}
+    added = {"window": 0, "taken": 0, "window_end": None, "continued": False}
+    return {**state, **added, "version": _VERSION, "settings": settings}
 
 
 def _buffer_tensors(documents: list[TokenArray]) -> dict[str, Tensor]:
