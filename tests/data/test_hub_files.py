@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 
 from hub_server import HubServer, serve_hub
 from tinygpt import hub as hub_module
@@ -24,9 +25,10 @@ REPO = "datasets/user/tiny"
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     monkeypatch.setattr(hub_module, "_FIRST_WAIT_SECONDS", 0.01)
-    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    disable_progress_bars()
     with serve_hub() as server:
         yield server
+    enable_progress_bars()
 
 
 def _lines(name: str, count: int = 5) -> bytes:
@@ -153,6 +155,16 @@ def test_the_cache_stays_within_its_limit_over_epochs(hub: HubServer, tmp_path: 
             assert len(_cached(tmp_path)) <= room, text
     assert _texts(source) == TEXTS
     assert len(_cached(tmp_path)) <= room
+
+
+def test_the_clients_notes_are_no_files_to_remove_however_deep_the_folders(hub: HubServer, tmp_path: Path) -> None:
+    hub.add(REPO, {f"a/b/c/d/e/{number}.jsonl": _lines(str(number)) for number in range(4)})
+    address = "hf://datasets/user/tiny/**/*.jsonl"
+    size = len(_lines("0"))
+    assert len(_texts(_open(hub, tmp_path, address, cache_bytes=2 * size, files_ahead=0))) == 20
+    notes = [path for path in tmp_path.rglob("*.metadata") if ".cache" in path.parts]
+    assert len(notes) == 4
+    assert len(_cached(tmp_path)) == 2
 
 
 def test_a_cache_with_room_is_read_again_without_the_hub(hub: HubServer, tmp_path: Path) -> None:

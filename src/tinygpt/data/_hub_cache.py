@@ -132,7 +132,7 @@ class FileCache:
             readers = list(self._wanted.values())
             keep = {self._path(n) for wanted in readers for n in (wanted[:1] if required else wanted)}
             turns = {self._path(n): (n - index) % len(self._files) for n in range(len(self._files))}
-            sizes = {path: path.stat().st_size for path in self._folder.parent.rglob("*") if _is_data(path)}
+            sizes = _sizes(self._folder.parent)
             used = sum(sizes.values()) + self._files[index].size
             for path in sorted(sizes, key=lambda path: -turns.get(path, len(turns))):
                 if used <= self._limit:
@@ -144,18 +144,25 @@ class FileCache:
             return required or used <= self._limit
 
 
-def _is_data(path: Path) -> bool:
-    """Return whether a path is a fetched file, and none of the client's own notes."""
-    return path.is_file() and ".cache" not in path.parts[-4:]
+def _sizes(folder: Path) -> dict[Path, int]:
+    """Return the size of every fetched file, of all commits, without the client's own notes."""
+    sizes = {}
+    for path in folder.rglob("*"):
+        # Another process may remove a file while we look.
+        with contextlib.suppress(FileNotFoundError):
+            if ".cache" not in path.relative_to(folder).parts and path.is_file():
+                sizes[path] = path.stat().st_size
+    return sizes
 
 
 def _matches(path: Path, file: RemoteFile) -> bool:
-    """Return whether a file has the size and hash that the repository lists."""
-    if path.stat().st_size != file.size:
-        return False
+    """Return whether a file is there and has the size and hash that the repository lists."""
     git = len(file.digest) == 40
     digest = hashlib.sha1(b"blob %d\0" % file.size, usedforsecurity=False) if git else hashlib.sha256()
-    with path.open("rb") as content:
-        while block := content.read(_BLOCK_BYTES):
-            digest.update(block)
+    try:
+        with path.open("rb") as content:
+            while block := content.read(_BLOCK_BYTES):
+                digest.update(block)
+    except FileNotFoundError:
+        return False
     return digest.hexdigest() == file.digest
