@@ -44,7 +44,7 @@ def names_bound_in(module: ModuleType) -> set[str]:
                 names.update(target.id for target in node.targets if isinstance(target, ast.Name))
             case ast.AnnAssign(target=ast.Name(id=name)):
                 names.add(name)
-            case ast.ImportFrom() if hasattr(module, "__path__") and node.module != "typing":
+            case ast.ImportFrom() if hasattr(module, "__path__"):
                 names.update(alias.asname or alias.name for alias in node.names)
             case ast.If(test=ast.Attribute(attr="TYPE_CHECKING")):  # what the top imports on first use
                 imports = [item for item in node.body if isinstance(item, ast.ImportFrom)]

@@ -113,7 +113,6 @@ class BatchLoader:
             "rows": rows,
             "rank": rank,
             "world_size": world_size,
-            "bos_token_id": self._tokenizer.bos_token_id,
             "pin_memory": torch.cuda.is_available() if pin_memory is None else pin_memory,
         }
         # What decides the stream of rows; how it is dealt out to batches and ranks does not.
@@ -208,12 +207,14 @@ class BatchLoader:
 
 
 def _make_batches(
-    stream: RowStream, *, rows: int, rank: int, world_size: int, bos_token_id: int, pin_memory: bool
+    stream: RowStream, *, rows: int, rank: int, world_size: int, pin_memory: bool
 ) -> Iterator[tuple[Batch, Mark]]:
     """Yield every batch with the place behind it; runs in the thread that works ahead."""
     while True:
         step = [stream.next_row() for _ in range(rows * world_size)]
-        batch = Batch.from_rows(torch.from_numpy(np.stack(step[rank::world_size])), bos_token_id=bos_token_id)
+        # In numpy, since torch would start its threads again for this one; and no row is padded.
+        tokens = np.stack(step[rank::world_size]).astype(np.int64)
+        batch = Batch(*(torch.from_numpy(part.copy()) for part in (tokens[:, :-1], tokens[:, 1:])))
         if pin_memory:
             batch = Batch(*(part.pin_memory() for part in batch))
         yield batch, stream.mark()

@@ -97,7 +97,8 @@ class EncoderPool:
                 yield pending.popleft().result()
         except BrokenProcessPool:
             raise DataError(
-                "a process that tokenizes was killed, perhaps for lack of memory; use fewer processes. "
+                "a process that tokenizes was killed, perhaps for lack of memory, or could not start, because the "
+                "script does its work outside `if __name__ == '__main__':`; use fewer processes, or add that line. "
                 "What was finished is kept where the caller can go on."
             ) from None
 
