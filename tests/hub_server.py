@@ -1,13 +1,16 @@
 """A Hugging Face Hub in one small local server, so that tests push and pull for real and without a network.
 
 It keeps repositories in memory and speaks the part of the HTTP API that `huggingface_hub` 1 and 2 use for model
-repositories of plain files. `fail` makes it answer the next requests of a kind with an error.
+repositories of plain files and for reading dataset repositories, which are named `datasets/user/name` here and whose
+files are all large ones (LFS) but those that end in `.txt`. `fail` makes it answer the next requests of a kind with
+an error, `cut` break off downloads, and `corrupt` send other bytes.
 """
 
 import base64
 import hashlib
 import json
 import re
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,6 +42,13 @@ class Failure:
     left: int
 
 
+@dataclass
+class Damage:
+    part: str
+    keep: float | None  # share of the bytes that is sent; None sends all, one of them changed
+    left: int
+
+
 class HubServer:
     """What the tests hold: the address, the repositories, the requests seen, and the failures to play."""
 
@@ -46,7 +56,9 @@ class HubServer:
         self.url = url
         self.repos: dict[str, Repo] = {}
         self.requests: list[str] = []
+        self.ranges: list[int] = []  # where downloads that went on in the middle of a file started
         self._failures: list[Failure] = []
+        self._damages: list[Damage] = []
         self._lock = threading.Lock()
 
     def add(self, repo_id: str, files: Files, *, private: bool = False) -> str:
@@ -57,6 +69,14 @@ class HubServer:
     def fail(self, method: str, part: str, *, status: int, times: int = 10**9) -> None:
         """Answer the next `times` requests of `method` whose path holds `part` with `status`."""
         self._failures.append(Failure(method, part, status, times))
+
+    def cut(self, part: str, *, keep: float, times: int = 1) -> None:
+        """Break the connection in the next `times` downloads whose path holds `part`, after a share of the bytes."""
+        self._damages.append(Damage(part, keep, times))
+
+    def corrupt(self, part: str, *, times: int = 10**9) -> None:
+        """Send one other byte in the next `times` downloads whose path holds `part`."""
+        self._damages.append(Damage(part, None, times))
 
     def left_to_fail(self) -> int:
         """Return how many of the ordered failures were not played yet."""
@@ -74,6 +94,15 @@ class HubServer:
                 if failure.left and failure.method == method and failure.part in path:
                     failure.left -= 1
                     return failure.status
+        return None
+
+    def damage(self, path: str) -> Damage | None:
+        """Return what must go wrong in a download, if anything."""
+        with self._lock:
+            for damage in self._damages:
+                if damage.left and damage.part in path:
+                    damage.left -= 1
+                    return damage
         return None
 
 
@@ -100,7 +129,9 @@ class Handler(BaseHTTPRequestHandler):
             return self._json({"errors": [], "warnings": []})
         if path == "/api/whoami-v2":
             return self._json({"name": "user", "type": "user", "orgs": []})
-        match = re.fullmatch(r"(?:/api/models)?/([^/]+/[^/]+)(?:/([\w-]+)(?:/(.+))?)?", path)
+        if path.startswith("/api/datasets/"):
+            path = path.removeprefix("/api")
+        match = re.fullmatch(r"(?:/api/models)?/((?:datasets/)?[^/]+/[^/]+)(?:/([\w-]+)(?:/(.+))?)?", path)
         if match is None:
             return self._error(404, "EntryNotFound", f"no route {path}")
         name, action, rest = match.groups()
@@ -135,7 +166,7 @@ class Handler(BaseHTTPRequestHandler):
             info = {"_id": "0", "id": name, "modelId": name, "sha": oid, "private": repo.private, "siblings": siblings}
             return self._json(info | {"tags": [], "downloads": 0, "likes": 0})
         if action == "tree":
-            return self._json([{"type": "file", "path": p, "size": len(d), "oid": _oid(d)} for p, d in files.items()])
+            return self._json([_entry(p, d, large=_is_large(name, p)) for p, d in files.items()])
         if action == "preupload":
             wanted = [item["path"] for item in json.loads(body)["files"]]
             return self._json({"files": [{"path": p, "uploadMode": "regular", "shouldIgnore": False} for p in wanted]})
@@ -143,13 +174,16 @@ class Handler(BaseHTTPRequestHandler):
             oid = repo.commit(revision, _apply(files, body))
             return self._json({"commitUrl": f"{self.hub.url}/{name}/commit/{oid}", "commitOid": oid, "success": True})
         if action == "resolve" and file in files:
-            return self._file(files[file], oid)
+            return self._file(files[file], oid, large=_is_large(name, file))
         return self._error(404, "EntryNotFound", f"{action} {rest}")
 
-    def _file(self, data: bytes, oid: str) -> None:
+    def _file(self, data: bytes, oid: str, *, large: bool) -> None:
         headers = {"ETag": f'"{_oid(data)}"', "X-Repo-Commit": oid, "Accept-Ranges": "bytes"}
+        if large:
+            headers |= {"X-Linked-Etag": f'"{hashlib.sha256(data).hexdigest()}"', "X-Linked-Size": str(len(data))}
         if match := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or ""):
             start, end = int(match[1]), int(match[2] or len(data) - 1)
+            self.hub.ranges.append(start)
             headers["Content-Range"] = f"bytes {start}-{end}/{len(data)}"
             return self._send(206, data[start : end + 1], headers)
         return self._send(200, data, headers)
@@ -166,8 +200,30 @@ class Handler(BaseHTTPRequestHandler):
         for key, value in {"Content-Length": str(len(data)), **headers}.items():
             self.send_header(key, value)
         self.end_headers()
-        if self.command != "HEAD":
+        if self.command == "HEAD":
+            return
+        damage = self.hub.damage(unquote(self.path)) if "/resolve/" in self.path else None
+        if damage is None:
             self.wfile.write(data)
+        elif damage.keep is None:
+            self.wfile.write(data[:-1] + bytes([data[-1] ^ 1]))
+        else:
+            self.wfile.write(data[: int(len(data) * damage.keep)])
+            self.wfile.flush()
+            self.close_connection = True
+            self.connection.shutdown(socket.SHUT_RDWR)
+
+
+def _is_large(repo: str, path: str) -> bool:
+    return repo.startswith("datasets/") and not path.endswith(".txt")
+
+
+def _entry(path: str, data: bytes, *, large: bool) -> dict[str, object]:
+    """Describe a file in a listing."""
+    entry: dict[str, object] = {"type": "file", "path": path, "size": len(data), "oid": _oid(data)}
+    if large:
+        entry["lfs"] = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 134}
+    return entry
 
 
 def _oid(data: bytes) -> str:

@@ -46,6 +46,9 @@ def names_bound_in(module: ModuleType) -> set[str]:
                 names.add(name)
             case ast.ImportFrom() if hasattr(module, "__path__"):
                 names.update(alias.asname or alias.name for alias in node.names)
+            case ast.If(test=ast.Attribute(attr="TYPE_CHECKING")):  # what the top imports on first use
+                imports = [item for item in node.body if isinstance(item, ast.ImportFrom)]
+                names.update(alias.name for item in imports for alias in item.names)
     return {name for name in names if not name.startswith("_")}
 
 

@@ -1,4 +1,9 @@
+import hashlib
 import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -9,19 +14,36 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from tinygpt.data import Batch, BatchLoader, JsonLines, TextDocuments, TextFiles, embedded_corpus, pack_rows
+from tinygpt.data import (
+    Batch,
+    BatchLoader,
+    Cursor,
+    JsonLines,
+    Mixture,
+    TextDocuments,
+    TextFiles,
+    TokenShards,
+    document_ids,
+    embedded_corpus,
+    pack_rows,
+    tokenize_documents,
+)
 from tinygpt.errors import ConfigError, DataError
 from tinygpt.tokenizer import ByteTokenizer, train_bpe
 
 TOKENIZER = ByteTokenizer()
 TEXTS = ["the first", "", "second document", "3", "the fourth is a good deal longer than one row", "five", "six or so"]
 corpora = st.lists(st.text("abc dé", max_size=40), min_size=1, max_size=15).map(lambda texts: [*texts, "end"])
-overflows = st.sampled_from(["crop", "carry"])
+overflows = st.sampled_from(["crop", "carry", "concat"])
 
 
 def _loader(texts: list[str] = TEXTS, **changes: Any) -> BatchLoader:
     arguments = {"rows": 2, "seq_len": 8, "buffer_documents": 3, **changes}
     return BatchLoader(TextDocuments(texts), TOKENIZER, **arguments)
+
+
+def _shard_loader(shards: TokenShards, **changes: Any) -> BatchLoader:
+    return BatchLoader(shards, **{"rows": 2, "seq_len": 8, "buffer_documents": 3, **changes})
 
 
 def _take(loader: BatchLoader, count: int) -> list[Batch]:
@@ -48,28 +70,134 @@ def _through_files(state: dict[str, Any], folder: Path) -> dict[str, Any]:
     rows=st.integers(1, 3),
     buffer_documents=st.integers(1, 20),
     overflow=overflows,
+    seed=st.none() | st.integers(0, 3),
+    shuffle_documents=st.integers(1, 8),
     before=st.integers(0, 12),
     after=st.integers(1, 8),
+    threads=st.tuples(*[st.integers(0, 2)] * 4),
 )
 def test_a_loader_restored_at_any_batch_goes_on_as_if_never_stopped(
     texts: list[str],
-    seq_len: int,
-    rows: int,
-    buffer_documents: int,
-    overflow: str,
     before: int,
     after: int,
+    threads: tuple[int, int, int, int],
     tmp_path_factory: pytest.TempPathFactory,
+    **same: Any,
 ) -> None:
-    same = {"seq_len": seq_len, "rows": rows, "buffer_documents": buffer_documents, "overflow": overflow}
-    straight = _loader(texts, **same)
+    straight = _loader(texts, **same, num_workers=threads[0], prefetch=threads[1])
     _take(straight, before)
     state = _through_files(straight.state_dict(), tmp_path_factory.mktemp("state"))
-    resumed = _loader(texts, **same)
+    resumed = _loader(texts, **same, num_workers=threads[2], prefetch=threads[3])
     resumed.load_state_dict(state)
     assert _same(_take(resumed, after), _take(straight, after))
     assert resumed.epoch == straight.epoch
     assert resumed.utilization() == straight.utilization()
+    for loader in (straight, resumed):
+        loader.close()
+
+
+@settings(max_examples=60)
+@given(
+    texts=corpora,
+    overflow=overflows,
+    seed=st.none() | st.integers(0, 3),
+    shuffle_documents=st.integers(1, 8),
+    shard_tokens=st.integers(1, 100),
+    at=st.integers(0, 6),
+)
+def test_token_shards_give_the_batches_of_their_text(
+    texts: list[str], shard_tokens: int, at: int, tmp_path_factory: pytest.TempPathFactory, **same: Any
+) -> None:
+    folder = tmp_path_factory.mktemp("tokens")
+    shards = tokenize_documents(TextDocuments(texts), TOKENIZER, folder, processes=1, shard_tokens=shard_tokens)
+    from_text, from_shards = _loader(texts, **same, prefetch=0), _shard_loader(shards, **same)
+    assert _same(_take(from_text, at), _take(from_shards, at))
+    resumed = _shard_loader(TokenShards(folder), **same)
+    resumed.load_state_dict(from_shards.state_dict())
+    expected = _take(from_text, 8)
+    assert _same(_take(from_shards, 8), expected)
+    assert _same(_take(resumed, 8), expected)
+    assert from_text.utilization() == from_shards.utilization() == resumed.utilization()
+
+
+def test_the_batches_are_the_same_for_any_number_of_threads() -> None:
+    texts = [text[:4000] for text, _ in embedded_corpus().read()] * 3
+    for seed in (None, 5):
+        expected = None
+        for num_workers in (0, 1, 4):
+            for prefetch in (0, 1, 3):
+                loader = _loader(
+                    texts,
+                    rows=4,
+                    seq_len=256,
+                    seed=seed,
+                    shuffle_documents=100,
+                    num_workers=num_workers,
+                    prefetch=prefetch,
+                )
+                batches = _take(loader, 40)
+                expected = expected or batches
+                assert _same(batches, expected)
+                loader.close()
+
+
+@settings(max_examples=50)
+@given(
+    texts=corpora,
+    overflow=overflows,
+    seed=st.none() | st.integers(0, 3),
+    was=st.tuples(st.integers(1, 4), st.integers(1, 3)),
+    now=st.tuples(st.integers(1, 4), st.integers(1, 3)),
+    steps=st.integers(0, 6),
+)
+def test_a_state_goes_on_in_other_micro_batches_and_on_other_numbers_of_ranks(
+    texts: list[str], was: tuple[int, int], now: tuple[int, int], steps: int, **same: Any
+) -> None:
+    first = _loader(texts, rows=was[0], world_size=was[1], **same, prefetch=0)
+    _take(first, steps)
+    stream = _loader(texts, rows=1, **same, prefetch=0)
+    _take(stream, steps * was[0] * was[1])
+    resumed = _loader(texts, rows=now[0], world_size=now[1], rank=now[1] - 1, **same, prefetch=0)
+    resumed.load_state_dict(first.state_dict())
+    for _ in range(3):
+        rows = _take(stream, now[0] * now[1])[now[1] - 1 :: now[1]]
+        assert next(resumed).inputs.tolist() == [row.inputs[0].tolist() for row in rows]
+
+
+def test_seeds_shuffle_and_every_epoch_is_shuffled_anew() -> None:
+    texts = [chr(97 + number) * 7 for number in range(26)]
+
+    def epochs(**changes: Any) -> list[str]:
+        loader = _loader(texts, rows=1, seq_len=7, buffer_documents=1, **changes)
+        return ["".join(TOKENIZER.decode(next(loader).inputs[0, 1:2].tolist()) for _ in texts) for _ in range(3)]
+
+    in_order, alphabet = epochs(), "abcdefghijklmnopqrstuvwxyz"
+    assert in_order == [alphabet] * 3
+    first, second, again = epochs(seed=1), epochs(seed=2), epochs(seed=1)
+    assert first == again
+    assert len({alphabet, *first, *second}) == 7
+    assert all(sorted(epoch) == list(alphabet) for epoch in first)
+    windows = epochs(seed=1, shuffle_documents=13)[0]
+    assert (set(windows[:13]), set(windows[13:])) == (set(alphabet[:13]), set(alphabet[13:]))
+
+
+def test_the_state_is_that_of_the_batches_handed_out_and_not_of_those_prepared() -> None:
+    ahead, plain = _loader(prefetch=5), _loader(prefetch=0)
+    for _ in range(12):
+        assert torch.equal(next(ahead).inputs, next(plain).inputs)
+        first, second = ahead.state_dict(), plain.state_dict()
+        tensors = first.pop("tensors"), second.pop("tensors")
+        assert first == second
+        assert all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0])
+        assert (ahead.epoch, ahead.utilization()) == (plain.epoch, plain.utilization())
+
+
+def test_a_closed_loader_goes_on_when_asked() -> None:
+    straight, closed = _loader(), _loader()
+    closed.close()
+    for _ in range(6):
+        assert torch.equal(next(closed).inputs, next(straight).inputs)
+        closed.close()
 
 
 @pytest.mark.parametrize("before", [0, 1, 7, 40])
@@ -181,8 +309,10 @@ def test_equal_loaders_have_equal_fingerprints_and_any_change_shows() -> None:
     assert _loader().fingerprint() == _loader().fingerprint()
     changed = [
         _loader(),
-        _loader(rows=3),
         _loader(seq_len=9),
+        _loader(seed=0),
+        _loader(seed=1),
+        _loader(seed=1, shuffle_documents=4),
         _loader(overflow="carry"),
         _loader(buffer_documents=4),
         _loader(TEXTS[1:]),
@@ -194,17 +324,31 @@ def test_equal_loaders_have_equal_fingerprints_and_any_change_shows() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rows": 3}, "saved with rows=2 and this loader has rows=3"),
         ({"seq_len": 9}, "saved with seq_len=8 and this loader has seq_len=9"),
         ({"overflow": "carry"}, "saved with overflow='crop' and this loader has overflow='carry'"),
         ({"buffer_documents": 4}, "saved with buffer_documents=3 and this loader has buffer_documents=4"),
-        ({"world_size": 2}, "saved with world_size=1 and this loader has world_size=2"),
+        ({"seed": 1}, "saved with seed=None and this loader has seed=1"),
     ],
 )
 def test_a_state_with_other_settings_is_refused(changes: dict[str, Any], message: str) -> None:
     state = _loader().state_dict()
     with pytest.raises(DataError, match=message):
         _loader(**changes).load_state_dict(state)
+
+
+@pytest.mark.parametrize("overflow", ["crop", "carry"])
+def test_a_state_of_version_1_goes_on(overflow: str) -> None:
+    """The file was written by version 0.1.0 and holds the rows that came next there."""
+    path = Path(__file__).parent.parent / "data_files" / "loader" / "state_v1.json"
+    saved = json.loads(path.read_text())[overflow]
+    dtypes = {"buffer_tokens": torch.int32, "buffer_lengths": torch.int64}
+    tensors = {name: torch.tensor(saved["state"]["tensors"][name], dtype=dtype) for name, dtype in dtypes.items()}
+    for rows in (2, 3):
+        loader = _loader(rows=rows, overflow=overflow)
+        loader.load_state_dict({**saved["state"], "tensors": tensors})
+        assert [row for batch in _take(loader, 12 // rows) for row in batch.inputs.tolist()] == saved["next_rows"]
+    with pytest.raises(DataError, match="saved with seed=None and this loader has seed=3"):
+        _loader(overflow=overflow, seed=3).load_state_dict({**saved["state"], "tensors": tensors})
 
 
 def test_a_state_of_another_tokenizer_is_refused() -> None:
@@ -240,9 +384,9 @@ def test_an_allowed_source_change_starts_the_new_source_and_keeps_buffer_and_cou
     assert text.replace("<|bos|>", "").strip("z") != ""
 
 
-@pytest.mark.parametrize("version", [0, 2, None, "1"])
+@pytest.mark.parametrize("version", [0, 3, None, "1"])
 def test_a_state_of_another_version_is_refused(version: Any) -> None:
-    with pytest.raises(DataError, match=rf"has version {version!r}; this tinygpt reads version 1"):
+    with pytest.raises(DataError, match=rf"has version {version!r}; this tinygpt reads versions 1 and 2"):
         _loader().load_state_dict({**_loader().state_dict(), "version": version})
 
 
@@ -293,8 +437,200 @@ def test_a_source_of_empty_documents_is_an_error_and_not_an_endless_loop(texts: 
         ({"rank": -1}, "rank=-1 is not one of 1 processes"),
         ({"overflow": "drop"}, "overflow='drop' is not known"),
         ({"buffer_documents": 0}, "buffer_documents=0 is not positive"),
+        ({"shuffle_documents": 0}, "shuffle_documents=0 is not positive"),
+        ({"num_workers": -1}, "num_workers=-1 is negative; choose 0 or more"),
+        ({"prefetch": -1}, "prefetch=-1 is negative"),
+        ({"seed": -1}, r"seed=-1 is out of range; choose 0 to 2\*\*64 - 1"),
+        ({"seed": 1 << 64}, "is out of range"),
     ],
 )
 def test_arguments_out_of_range_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         _loader(**changes)
+
+
+def test_text_needs_a_tokenizer_and_shards_only_take_their_own(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="tokenizer=None: text needs a tokenizer; only TokenShards bring their own"):
+        BatchLoader(TextDocuments(TEXTS), rows=1, seq_len=8)
+    shards = tokenize_documents(TextDocuments(TEXTS), TOKENIZER, tmp_path / "tokens", processes=1)
+    assert BatchLoader(shards, rows=1, seq_len=8).tokenizer.fingerprint() == TOKENIZER.fingerprint()
+    BatchLoader(shards, TOKENIZER, rows=1, seq_len=8)
+    with pytest.raises(DataError, match=r"made with another tokenizer: fingerprint \w{12} then, \w{12} now; leave"):
+        BatchLoader(shards, train_bpe(TEXTS * 2, vocab_size=280), rows=1, seq_len=8)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="memory can be pinned here")
+def test_memory_cannot_be_pinned_without_cuda() -> None:
+    with pytest.raises(ConfigError, match="pin_memory=True needs CUDA, which is not there; leave it at None"):
+        _loader(pin_memory=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_batches_are_pinned_where_cuda_is(prefetch: int) -> None:
+    pinned, plain = _loader(prefetch=prefetch), _loader(pin_memory=False)
+    for _ in range(20):
+        batch = next(pinned)
+        assert batch.inputs.is_pinned()
+        assert batch.targets.is_pinned()
+        moved = batch.to("cuda", non_blocking=True)
+        assert torch.equal(moved.inputs.cpu(), next(plain).inputs)
+
+
+def test_a_shard_changed_since_the_state_was_saved_is_found(tmp_path: Path) -> None:
+    shards = tokenize_documents(TextDocuments(TEXTS), TOKENIZER, tmp_path / "a", processes=1, shard_tokens=20)
+    loader = _shard_loader(shards)
+    next(loader)
+    state = loader.state_dict()
+    other = tokenize_documents(TextDocuments(TEXTS[::-1]), TOKENIZER, tmp_path / "b", processes=1, shard_tokens=20)
+    with pytest.raises(DataError, match="saved with another source, or its files changed"):
+        _shard_loader(other).load_state_dict(state)
+    content = bytearray((tmp_path / "a" / "tokens-00001.bin").read_bytes())
+    content[0] ^= 1
+    (tmp_path / "a" / "tokens-00001.bin").write_bytes(content)
+    resumed = _shard_loader(TokenShards(tmp_path / "a"))
+    resumed.load_state_dict(state)
+    for _ in range(2):
+        with pytest.raises(DataError, match=r"tokens-00001.bin was changed since it was written"):
+            _take(resumed, 10)
+
+
+def test_a_shuffled_mixture_goes_on_with_other_weights() -> None:
+    letters = {name: TextDocuments([f"{name}{number:03d}" for number in range(200)]) for name in "ab"}
+
+    def build(mixture: Mixture) -> BatchLoader:
+        settings: dict[str, Any] = {"rows": 1, "seq_len": 4, "buffer_documents": 1, "seed": 1, "shuffle_documents": 20}
+        return BatchLoader(mixture, TOKENIZER, **settings)
+
+    def names(loader: BatchLoader, count: int) -> list[str]:
+        return [TOKENIZER.decode(batch.targets[0].tolist()) for batch in _take(loader, count)]
+
+    even = Mixture({"a": (letters["a"], 0.5), "b": (letters["b"], 0.5)})
+    first = build(even)
+    before = names(first, 50)
+    later = build(even.with_weights({"a": 0.0, "b": 1.0}))
+    later.load_state_dict(first.state_dict())
+    with pytest.warns(UserWarning, match="what was left of 20 shuffled together is passed over"):
+        after = names(later, 60)
+    assert {name[0] for name in before} == {"a", "b"}
+    assert {name[0] for name in after} == {"b"}
+    assert len({*before, *after}) == 110
+
+
+class Breaking(TextDocuments):
+    """Documents of which one cannot be read for a while."""
+
+    broken = False
+
+    def read(self, cursor: Cursor | None = None) -> Iterator[tuple[str, Cursor]]:
+        for text, behind in super().read(cursor):
+            if self.broken and behind["document"] == 120:
+                raise DataError("the disk is gone")
+            yield text, behind
+
+
+@pytest.mark.parametrize("seed", [None, 1])
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_an_error_leaves_the_loader_behind_the_last_batch(seed: int | None, prefetch: int) -> None:
+    """Once the cause is gone, it goes on as if nothing had happened."""
+    source = Breaking([f"document number {number}" for number in range(200)])
+
+    def build(prefetch: int) -> BatchLoader:
+        settings: dict[str, Any] = {"rows": 2, "seq_len": 16, "seed": seed, "shuffle_documents": 10}
+        return BatchLoader(source, TOKENIZER, **settings, buffer_documents=5, prefetch=prefetch)
+
+    expected = _take(build(0), 60)
+    loader = build(prefetch)
+    source.broken = True
+    got: list[Batch] = []
+    with pytest.raises(DataError, match="the disk is gone"):
+        got.extend(loader)
+    assert 0 < len(got) < 60
+    state = loader.state_dict()
+    with pytest.raises(DataError, match="the disk is gone"):
+        next(loader)
+    source.broken = False
+    resumed = build(0)
+    resumed.load_state_dict(state)
+    rest = expected[len(got) :]
+    assert _same(got, expected[: len(got)])
+    assert _same(_take(loader, len(rest)), rest)
+    assert _same(_take(resumed, len(rest)), rest)
+
+
+@pytest.mark.parametrize("overflow", ["crop", "carry", "concat"])
+def test_document_ids_number_the_documents_of_a_row(overflow: str) -> None:
+    texts = ["abc", "de", "fghijklmnopqrstuvw", "x"]
+    loader = _loader(texts, rows=3, seq_len=10, overflow=overflow)
+    for batch in _take(loader, 10):
+        ids = document_ids(batch.inputs, TOKENIZER.bos_token_id)
+        for row, numbers in zip(batch.inputs.tolist(), ids.tolist(), strict=True):
+            pieces: dict[int, list[int]] = {}
+            for token, number in zip(row, numbers, strict=True):
+                pieces.setdefault(number, []).append(token)
+            assert list(pieces) == list(range(numbers[0], numbers[0] + len(pieces)))
+            assert numbers[0] == (row[0] == TOKENIZER.bos_token_id)
+            for tokens in pieces.values():
+                text = TOKENIZER.decode([token for token in tokens if token != TOKENIZER.bos_token_id])
+                assert any(text in document for document in texts)
+
+
+def test_a_huge_document_is_carried_whole(tmp_path: Path) -> None:
+    """20 MB here, for the suite's sake."""
+    (tmp_path / "huge.txt").write_text("0123456789abcdef" * (20 << 16))
+    loader = BatchLoader(
+        TextFiles(tmp_path / "huge.txt"), TOKENIZER, rows=64, seq_len=4095, overflow="carry", seed=0, prefetch=1
+    )
+    while loader.epoch == 0:
+        next(loader)
+    counts = loader.utilization()
+    assert counts.tokens_used >= 20 << 20
+    assert counts.tokens_cropped == 0
+    loader.close()
+
+
+KILLED = """
+import hashlib, json, sys
+from pathlib import Path
+from safetensors.torch import save_file
+from tinygpt.data import BatchLoader, embedded_corpus
+from tinygpt.tokenizer import ByteTokenizer
+
+folder = Path(sys.argv[1])
+loader = BatchLoader(
+    embedded_corpus("validation"), ByteTokenizer(), rows=4, seq_len=64, overflow="carry", seed=3, shuffle_documents=4,
+    prefetch=4, num_workers=2,
+)
+with (folder / "log").open("w") as log:
+    for number, batch in enumerate(loader, start=1):
+        log.write(hashlib.sha256(batch.inputs.numpy().tobytes()).hexdigest() + "\\n")
+        log.flush()
+        if number % 10 == 0:
+            state = loader.state_dict()
+            save_file(state.pop("tensors"), folder / f"{number}.safetensors")
+            (folder / f"{number}.json").write_text(json.dumps(state))
+            (folder / f"{number}.done").touch()
+"""
+
+
+def test_a_prefetching_loader_that_was_killed_goes_on_exactly(tmp_path: Path) -> None:
+    child = subprocess.Popen([sys.executable, "-c", KILLED, tmp_path])
+    while not (tmp_path / "60.done").exists():
+        assert child.poll() is None
+        time.sleep(0.005)
+    child.kill()
+    child.wait()
+    last = max(int(path.stem) for path in tmp_path.glob("*.done"))
+    state = json.loads((tmp_path / f"{last}.json").read_text())
+    state["tensors"] = load_file(tmp_path / f"{last}.safetensors")
+
+    def build(**changes: Any) -> BatchLoader:
+        settings: dict[str, Any] = {"rows": 4, "seq_len": 64, "overflow": "carry", "seed": 3, "shuffle_documents": 4}
+        return BatchLoader(embedded_corpus("validation"), TOKENIZER, **settings, **changes)
+
+    whole = _take(build(prefetch=0), last + 30)
+    logged = (tmp_path / "log").read_text().split("\n")[:last]
+    assert [hashlib.sha256(batch.inputs.numpy().tobytes()).hexdigest() for batch in whole[:last]] == logged
+    resumed = build()
+    resumed.load_state_dict(state)
+    assert _same(_take(resumed, 30), whole[last:])

@@ -10,6 +10,7 @@ from tinygpt.errors import ConfigError
 
 BOS = 0
 BOTH = pytest.mark.parametrize("overflow", ["crop", "carry"])
+ALL = pytest.mark.parametrize("overflow", ["crop", "carry", "concat"])
 # Every token is different, so that a lost, repeated or moved one is seen.
 document_lengths = st.lists(st.integers(0, 30), max_size=40)
 settings_of_a_packer = {"row_tokens": st.integers(2, 16), "buffer_documents": st.integers(1, 12)}
@@ -117,7 +118,7 @@ def test_crop_keeps_heads_of_documents_whole_and_invents_nothing(
             assert pieces[-1] == starts[pieces[-1][0]][: len(pieces[-1])]
 
 
-@BOTH
+@ALL
 @given(lengths=document_lengths, rows_taken=st.integers(0, 20), **settings_of_a_packer)
 def test_the_counts_add_up_at_any_time(
     overflow: Overflow, lengths: list[int], rows_taken: int, row_tokens: int, buffer_documents: int
@@ -133,7 +134,7 @@ def test_the_counts_add_up_at_any_time(
         rows.append(row)
     counts = packer.utilization
     tokens = np.concatenate([np.empty(0, np.int32), *rows])
-    buffered = sum(len(document) for document in packer.buffered_documents())
+    buffered = sum(len(document) for document in packer.state().documents)
     assert counts.rows == len(rows)
     assert counts.tokens_read == counts.tokens_used + counts.tokens_cropped + buffered
     assert counts.tokens_used == (tokens > 0).sum()
@@ -141,7 +142,7 @@ def test_the_counts_add_up_at_any_time(
     assert counts.padding == (tokens == IGNORE_INDEX).sum()
     assert counts.tokens_read == sum(lengths[: counts.documents])
     assert counts.empty_documents == lengths[: counts.documents].count(0)
-    if overflow == "carry":
+    if overflow != "crop":
         assert counts.tokens_cropped == 0
 
 
@@ -164,18 +165,69 @@ def test_no_more_documents_are_read_than_the_buffer_needs() -> None:
     assert len(list(documents)) == 95
 
 
-def test_a_restored_packer_goes_on_as_the_first() -> None:
-    documents = _documents([3, 9, 1, 12, 5, 5, 2, 7, 20, 4])
-    first = Packer(row_tokens=6, bos_token_id=BOS, buffer_documents=4, overflow="carry")
-    rest = iter(documents)
-    first.next_row(rest)
-    second = Packer(row_tokens=6, bos_token_id=BOS, buffer_documents=4, overflow="carry")
-    second.restore(first.buffered_documents(), first.utilization)
+@ALL
+@given(lengths=document_lengths, rows_before=st.integers(0, 8), **settings_of_a_packer)
+def test_a_packer_restored_between_any_two_rows_goes_on_as_the_first(
+    overflow: Overflow, lengths: list[int], rows_before: int, row_tokens: int, buffer_documents: int
+) -> None:
+    first, second = (
+        Packer(row_tokens=row_tokens, bos_token_id=BOS, buffer_documents=buffer_documents, overflow=overflow)
+        for _ in range(2)
+    )
+    rest = iter(_documents(lengths))
+    for _ in range(rows_before):
+        if first.next_row(rest) is None:
+            return
+    second.restore(first.state())
     later = list(rest)
-    for _ in range(5):
-        np.testing.assert_array_equal(first.next_row(iter(())), second.next_row(iter(())))
-    assert later
+    rows = [_all_rows(packer, later) for packer in (first, second)]
+    assert rows[0] == rows[1]
     assert first.utilization == second.utilization
+
+
+def _all_rows(packer: Packer, documents: list[list[int]]) -> list[list[int]]:
+    rows = []
+    remaining = iter(documents)
+    while (row := packer.next_row(remaining)) is not None:
+        rows.append(row.tolist())
+    return rows
+
+
+@given(lengths=document_lengths, row_tokens=st.integers(2, 16))
+def test_concat_is_one_stream_cut_into_rows(lengths: list[int], row_tokens: int) -> None:
+    documents = _documents(lengths)
+    stream = [token for document in documents if document for token in [BOS, *document]]
+    rows = _pack(documents, row_tokens, 5, "concat")
+    joined = [token for row in rows for token in row]
+    assert joined[: len(stream)] == stream
+    assert set(joined[len(stream) :]) <= {IGNORE_INDEX}
+    assert all(len(row) == row_tokens for row in rows)
+    assert len(joined) - len(stream) < row_tokens
+
+
+def test_concat_reads_no_document_before_it_is_needed() -> None:
+    documents = iter([[number] * 3 for number in range(1, 101)])
+    next(pack_rows(documents, row_tokens=6, bos_token_id=BOS, overflow="concat"))
+    assert len(list(documents)) == 98
+
+
+def test_a_state_is_a_snapshot() -> None:
+    packer = Packer(row_tokens=4, bos_token_id=BOS, overflow="carry")
+    documents = iter([[1, 2, 3, 4, 5, 6], [7]])
+    packer.next_row(documents)
+    state = packer.state()
+    before = [document.tolist() for document in state.documents], state.counts.rows
+    packer.next_row(documents)
+    assert ([document.tolist() for document in state.documents], state.counts.rows) == before
+
+
+def test_the_counts_in_words() -> None:
+    counts = Utilization(
+        documents=1200, empty_documents=3, tokens_read=1000, tokens_used=600, tokens_cropped=200, rows=5
+    )
+    assert str(counts) == (
+        "1,200 documents (3 empty), 1,000 tokens read: 600 used in 5 rows, 200 cropped (25.0%), 200 waiting"
+    )
 
 
 def test_the_cropped_share_is_of_what_left_the_buffer() -> None:
@@ -188,7 +240,7 @@ def test_the_cropped_share_is_of_what_left_the_buffer() -> None:
     [
         ({"row_tokens": 1}, r"row_tokens=1 has no room for <\|bos\|> and a token; choose 2 or more"),
         ({"buffer_documents": 0}, "buffer_documents=0 is not positive"),
-        ({"overflow": "drop"}, "overflow='drop' is not known; choose 'crop' or 'carry'"),
+        ({"overflow": "drop"}, "overflow='drop' is not known; choose 'crop', 'carry' or 'concat'"),
     ],
 )
 def test_arguments_out_of_range_are_refused(changes: dict, message: str) -> None:

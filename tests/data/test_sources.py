@@ -1,17 +1,23 @@
 """What every document source promises, and what each refuses."""
 
+import gzip
 import json
 import os
-from collections.abc import Callable
+import pickle
+import sys
+import tracemalloc
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tinygpt.data import DocumentSource, JsonLines, TextDocuments, TextFiles, open_source
+from tinygpt.data import DocumentSource, IterableDocuments, JsonLines, TextDocuments, TextFiles, open_source
 from tinygpt.data import _files as files_module
-from tinygpt.errors import DataError
+from tinygpt.data import _formats as formats_module
+from tinygpt.errors import DataError, MissingDependencyError
 
 DOCUMENTS = ["first, größer", "second 鯨\n", "", "third \u2028 and 🐋", "x" * 50]
 
@@ -38,11 +44,30 @@ def _json_lines(folder: Path) -> DocumentSource:
     return JsonLines(folder)
 
 
+def _compressed_lines(folder: Path) -> DocumentSource:
+    content = _lines(DOCUMENTS[:2]).encode(), _lines(DOCUMENTS[2:]).encode()
+    # Compressed files may consist of several parts, as `cat a.gz b.gz` makes them.
+    (folder / "a.jsonl.gz").write_bytes(gzip.compress(content[0][:30]) + gzip.compress(content[0][30:]))
+    pack = zstandard.ZstdCompressor().compress
+    (folder / "b.jsonl.zst").write_bytes(pack(content[1][:30]) + pack(content[1][30:]))
+    return JsonLines(folder)
+
+
+def _compressed_text(folder: Path) -> DocumentSource:
+    (folder / "a.txt.gz").write_bytes(gzip.compress("||".join(DOCUMENTS).encode()))
+    return TextFiles(folder, separator="||")
+
+
 def _in_memory(folder: Path) -> DocumentSource:
     return TextDocuments(DOCUMENTS)
 
 
-EACH = pytest.mark.parametrize("make", [_text_files, _separated, _json_lines, _in_memory])
+def _iterable(folder: Path) -> DocumentSource:
+    return IterableDocuments(lambda: iter(DOCUMENTS))
+
+
+FILES = [_text_files, _separated, _json_lines, _compressed_lines, _compressed_text]
+EACH = pytest.mark.parametrize("make", [*FILES, _in_memory, _iterable])
 
 
 @EACH
@@ -58,6 +83,9 @@ def test_documents_come_as_they_were_written(tmp_path: Path) -> None:
     for make, expected in [
         (_separated, DOCUMENTS[3:] + DOCUMENTS[:2]),  # nothing behind a last separator is no document
         (_json_lines, DOCUMENTS),
+        (_compressed_lines, DOCUMENTS),
+        (_compressed_text, DOCUMENTS),
+        (_iterable, DOCUMENTS),
         (_in_memory, DOCUMENTS),
         (_text_files, [document or "x" for document in DOCUMENTS]),
     ]:
@@ -80,7 +108,7 @@ def test_splitting_a_file_is_splitting_its_text(
     path.write_bytes(content.encode())
     expected = content.split(separator)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(files_module, "_BLOCK_BYTES", block)
+        patch.setattr(formats_module, "_BLOCK_BYTES", block)
         found = [text for text, _ in TextFiles(path, separator=separator).read()]
     assert found == (expected if expected[-1] else expected[:-1])
 
@@ -120,9 +148,12 @@ def test_how_a_file_is_read_is_part_of_the_fingerprint(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("place", [0, -1])
-def test_a_large_file_that_changes_at_its_start_end_or_size_has_another_fingerprint(tmp_path: Path, place: int) -> None:
+def test_a_large_file_that_changes_at_its_start_end_or_size_has_another_fingerprint(
+    tmp_path: Path, place: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files_module, "_HASHED_WHOLE_BYTES", 1 << 20)
     path = tmp_path / "large.txt"
-    size = 17 << 20
+    size = 3 << 20
     with path.open("wb") as file:
         file.truncate(size)
     source = TextFiles(path)
@@ -135,6 +166,16 @@ def test_a_large_file_that_changes_at_its_start_end_or_size_has_another_fingerpr
         file.write(b"y")
     prints.add(source.fingerprint())
     assert len(prints) == 3
+
+
+def test_sources_of_up_to_256_mib_are_hashed_to_the_last_byte(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"a" * (3 << 20))
+    before = TextFiles(path).fingerprint()
+    with path.open("r+b") as file:
+        file.seek(1_234_567)
+        file.write(b"b")
+    assert TextFiles(path).fingerprint() != before
 
 
 def test_files_are_read_in_sorted_order_whatever_the_order_given(tmp_path: Path) -> None:
@@ -172,7 +213,7 @@ def test_open_source_refuses_what_it_cannot_tell(tmp_path: Path) -> None:
 def test_paths_that_cannot_be_read_are_refused(kind: type[TextFiles] | type[JsonLines], tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"absent\.txt does not exist"):
         kind(tmp_path / "absent.txt")
-    with pytest.raises(DataError, match=rf"there is no \{kind.suffix} file in"):
+    with pytest.raises(DataError, match=r"there is no \.(txt|jsonl) file in"):
         kind(tmp_path)
     with pytest.raises(DataError, match="the list of paths is empty"):
         kind([])
@@ -202,10 +243,11 @@ def test_invalid_utf8_is_refused_with_file_and_byte(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_bytes("größe\n\nab".encode() + b"\xff" + b"c")
     where = path.read_bytes().index(b"\xff")
-    for source in (TextFiles(path), TextFiles(path, separator="\n\n"), JsonLines(path)):
-        if isinstance(source, JsonLines):
+    for make in (TextFiles, lambda path: TextFiles(path, separator="\n\n"), JsonLines):
+        if make is JsonLines:
             path.write_bytes(_lines(["größe"]).encode() + b'{"text": "\xff"}')
             where = path.read_bytes().index(b"\xff")
+        source = make(path)
         with pytest.raises(DataError, match=rf"a\.txt is not valid UTF-8 at byte {where} "):
             list(source.read())
 
@@ -262,5 +304,97 @@ def test_a_cursor_of_another_source_is_refused(cursor: dict, tmp_path: Path) -> 
 
 def test_a_cursor_behind_the_end_of_a_file_is_refused(tmp_path: Path) -> None:
     source = _separated(tmp_path)
+    _, cursor = next(source.read())
     with pytest.raises(DataError, match="offset must be 0 to"):
-        list(source.read({"file": 0, "offset": os.path.getsize(tmp_path / "a.txt") + 1}))
+        list(source.read({**cursor, "offset": os.path.getsize(tmp_path / "a.txt") + 1}))
+    with pytest.raises(DataError, match="name and size are missing"):
+        list(source.read({"file": 0, "offset": 1}))
+
+
+@EACH
+def test_a_source_can_go_to_another_process(make: Callable[[Path], DocumentSource], tmp_path: Path) -> None:
+    if make is _iterable:
+        source: DocumentSource = IterableDocuments(_few)
+        next(source.read())
+    else:
+        source = make(tmp_path)
+    assert list(pickle.loads(pickle.dumps(source)).read()) == list(source.read())
+
+
+def _few() -> Iterator[str]:
+    yield from DOCUMENTS
+
+
+def test_the_fingerprint_of_an_iterable_is_its_identity_or_its_first_documents() -> None:
+    named = [IterableDocuments(make, identity="v1").fingerprint() for make in (_few, lambda: ["other"])]
+    assert named[0] == named[1] != IterableDocuments(_few, identity="v2").fingerprint()
+    assert IterableDocuments(_few).fingerprint() == IterableDocuments(lambda: DOCUMENTS).fingerprint()
+    assert IterableDocuments(_few).fingerprint() != IterableDocuments(lambda: DOCUMENTS[1:]).fingerprint()
+
+
+def test_an_iterable_that_can_be_read_once_is_refused() -> None:
+    with pytest.raises(DataError, match="a single iterator, which can be read once; give the function"):
+        IterableDocuments(iter(DOCUMENTS))
+    once = iter(DOCUMENTS)
+    source = IterableDocuments(lambda: once)
+    assert len(list(source.read())) == len(DOCUMENTS)
+    with pytest.raises(DataError, match="the function returned the same iterator again"):
+        list(source.read())
+
+
+def test_an_iterable_of_something_else_is_refused() -> None:
+    with pytest.raises(DataError, match="would be read letter by letter"):
+        IterableDocuments("text")
+    with pytest.raises(DataError, match="documents is int; give an iterable of str, or a function"):
+        IterableDocuments(3)  # type: ignore[arg-type]
+    with pytest.raises(DataError, match="document 1 is bytes; documents are str"):
+        list(IterableDocuments(["a", b"b"], identity="x").read())  # type: ignore[list-item]
+    with pytest.raises(DataError, match="document 0 is bytes"):
+        IterableDocuments([b"b"]).fingerprint()  # type: ignore[list-item]
+    with pytest.raises(DataError, match="the iterable is empty"):
+        list(IterableDocuments([]).read())
+    with pytest.raises(DataError, match="behind document 9 and only 5 came this time"):
+        list(IterableDocuments(_few).read({"document": 9}))
+
+
+@pytest.mark.parametrize("suffix", [".txt.gz", ".txt.zst"])
+def test_a_cursor_behind_the_end_of_a_compressed_file_is_refused(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"a{suffix}"
+    path.write_bytes(gzip.compress(b"a||b||c") if suffix.endswith("gz") else zstandard.compress(b"a||b||c"))
+    source = TextFiles(path, separator="||")
+    _, cursor = next(source.read())
+    with pytest.raises(DataError, match="offset must be 0 to 7"):
+        list(source.read({**cursor, "offset": 8}))
+
+
+def test_open_source_reads_compressed_files_and_takes_settings(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"body": "one"}'))
+    assert [text for text, _ in open_source(tmp_path, text_key="body").read()] == ["one"]
+    (tmp_path / "a.TXT.zst").write_bytes(zstandard.compress(b"one||two"))
+    assert [text for text, _ in open_source(tmp_path / "a.TXT.zst", separator="||").read()] == ["one", "two"]
+
+
+def test_without_zstandard_the_error_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if sys.version_info >= (3, 14):
+        pytest.skip("this Python reads .zst files itself")
+    (tmp_path / "a.txt.zst").write_bytes(zstandard.compress(b"one"))
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    with pytest.raises(MissingDependencyError, match=r'pip install "tinygpt\[zstd\]"'):
+        list(TextFiles(tmp_path).read())
+
+
+def test_a_file_with_one_enormous_document_is_not_taken_into_memory(tmp_path: Path) -> None:
+    with (tmp_path / "a.txt").open("wb") as file:
+        file.truncate(100 << 20)
+    (tmp_path / "b.jsonl").write_bytes(b'{"text": "' + b"x" * (100 << 20) + b'"}\n{"text": "next"}')
+    tracemalloc.start()
+    for source in (
+        TextFiles(tmp_path, max_document_bytes=1 << 20),
+        TextFiles(tmp_path, separator="||", max_document_bytes=1 << 20),
+        JsonLines(tmp_path, max_document_bytes=1 << 20),
+    ):
+        with pytest.raises(DataError, match="more than max_document_bytes=1,048,576 bytes"):
+            list(source.read())
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 16 << 20

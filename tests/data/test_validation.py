@@ -1,7 +1,12 @@
+import json
+import struct
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from tinygpt.data import IGNORE_INDEX, TextDocuments, ValidationSet
 from tinygpt.errors import ConfigError, DataError
@@ -78,3 +83,58 @@ def test_numbers_out_of_range_are_refused(changes: dict, message: str) -> None:
 def test_a_source_without_tokens_is_refused() -> None:
     with pytest.raises(DataError, match="no document with a token in it"):
         ValidationSet.from_source(TextDocuments(["", ""]), TOKENIZER, rows=1, seq_len=4)
+
+
+def test_a_saved_set_comes_back_the_same(tmp_path: Path) -> None:
+    validation = _make()
+    validation.save(tmp_path / "new" / "validation.safetensors")
+    loaded = ValidationSet.load(tmp_path / "new" / "validation.safetensors")
+    assert loaded.hash == validation.hash
+    for name in ("batch_rows", "bos_token_id", "num_bytes", "num_tokens"):
+        assert getattr(loaded, name) == getattr(validation, name)
+    assert torch.equal(loaded.token_bytes, validation.token_bytes)
+    for one, other in zip(validation, loaded, strict=True):
+        assert torch.equal(one.inputs, other.inputs)
+        assert torch.equal(one.targets, other.targets)
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["validation.safetensors"]
+
+
+def test_a_saved_set_may_be_read_in_other_batches(tmp_path: Path) -> None:
+    _make().save(tmp_path / "v")
+    loaded = ValidationSet.load(tmp_path / "v", rows=1)
+    assert len(loaded) == len(loaded.token_rows)
+    assert loaded.hash == _make().hash
+    with pytest.raises(ConfigError, match="rows=0 is not positive"):
+        ValidationSet.load(tmp_path / "v", rows=0)
+
+
+def test_a_saved_set_outlives_its_source(tmp_path: Path) -> None:
+    _make().save(tmp_path / "v")
+    other = ValidationSet.from_source(TextDocuments([*TEXTS, "added"]), TOKENIZER, rows=3, seq_len=8)
+    assert ValidationSet.load(tmp_path / "v").hash == _make().hash != other.hash
+
+
+@pytest.mark.parametrize("tensor", ["token_rows", "token_bytes"])
+def test_a_changed_byte_in_a_saved_set_is_found(tmp_path: Path, tensor: str) -> None:
+    path = tmp_path / "v"
+    _make().save(path)
+    content = bytearray(path.read_bytes())
+    (header,) = struct.unpack("<Q", content[:8])
+    start, _ = json.loads(content[8 : 8 + header])[tensor]["data_offsets"]
+    content[8 + header + start + 4] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(DataError, match="is damaged: its tokens have the hash"):
+        ValidationSet.load(path)
+
+
+def test_what_is_no_saved_set_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no validation set can be read from .*absent"):
+        ValidationSet.load(tmp_path / "absent")
+    path = tmp_path / "v"
+    _make().save(path)
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(DataError, match="is damaged or no validation set"):
+        ValidationSet.load(path)
+    save_file({"weight": torch.zeros(3)}, path)
+    with pytest.raises(DataError, match="is no validation set of this version"):
+        ValidationSet.load(path)

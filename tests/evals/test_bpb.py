@@ -1,4 +1,5 @@
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -7,7 +8,7 @@ from torch import nn
 from tinygpt import GPT, GPTConfig
 from tinygpt.data import Batch, BatchLoader, TextDocuments, ValidationSet
 from tinygpt.errors import DataError
-from tinygpt.evals import evaluate_bpb, unigram_bpb
+from tinygpt.evals import BpbReport, evaluate_bpb, unigram_bpb
 from tinygpt.tokenizer import ByteTokenizer
 
 TEXT = ["hello there", "general text, a little longer than a row of tokens", "déjà vu"]
@@ -80,3 +81,21 @@ def test_a_set_without_text_is_refused() -> None:
 def test_batches_with_ignored_targets_are_fine() -> None:
     batch = Batch(torch.zeros(1, 2, dtype=torch.int64), torch.tensor([[-1, 3]]))
     assert unigram_bpb([batch], validation_set()) > 0
+
+
+def test_figures_on_one_set_are_compared_without_a_warning(tmp_path: Path) -> None:
+    validation = validation_set()
+    validation.save(tmp_path / "validation.safetensors")
+    report = evaluate_bpb(Even(), validation)
+    frozen = evaluate_bpb(Even(), ValidationSet.load(tmp_path / "validation.safetensors"))
+    assert report.compare(frozen) == 0
+    better = BpbReport(report.bpb - 0.5, report.loss, report.num_tokens, report.num_bytes, report.data_hash)
+    assert report.compare(better) == pytest.approx(-0.5)
+
+
+def test_comparing_figures_on_different_sets_warns_and_names_both() -> None:
+    one, other = (evaluate_bpb(Even(), validation_set(texts)) for texts in (TEXT, TEXT[1:]))
+    with pytest.warns(
+        UserWarning, match=f"different validation sets .*{one.data_hash[:12]} and {other.data_hash[:12]}"
+    ):
+        assert one.compare(other) == other.bpb - one.bpb

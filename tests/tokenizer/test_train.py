@@ -5,6 +5,7 @@ from itertools import pairwise
 
 import pytest
 
+from tinygpt.data import TextDocuments
 from tinygpt.errors import ConfigError, DataError, MissingDependencyError
 from tinygpt.tokenizer import train_bpe
 
@@ -98,3 +99,19 @@ def test_reading_stops_after_the_document_that_reaches_the_limit() -> None:
     assert (
         limited.fingerprint() == train_bpe(["some words and some more words " * 10] * 2, vocab_size=270).fingerprint()
     )
+
+
+def test_a_document_source_is_read_as_its_texts() -> None:
+    from_source = train_bpe(TextDocuments(TEXTS), vocab_size=290)
+    assert from_source.fingerprint() == train_bpe(TEXTS, vocab_size=290).fingerprint()
+
+
+def test_progress_is_shown_on_standard_error_and_changes_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    quiet = train_bpe(TEXTS, vocab_size=290)
+    assert capsys.readouterr().err == ""
+    shown = train_bpe(TEXTS, vocab_size=290, progress=True)
+    output = capsys.readouterr()
+    assert shown.fingerprint() == quiet.fingerprint()
+    assert "reading text" in output.err
+    assert "merging" in output.err
+    assert output.out == ""

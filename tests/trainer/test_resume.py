@@ -159,9 +159,20 @@ def test_another_model_is_refused(tmp_path: Path) -> None:
 def test_other_loader_settings_are_refused(tmp_path: Path) -> None:
     interrupted_at_four(tmp_path)
     trainer = make_trainer(tmp_path)
-    trainer.loader = BatchLoader(TextDocuments(TEXTS), ByteTokenizer(), rows=4, seq_len=16, buffer_documents=8)
-    with pytest.raises(CheckpointError, match="rows"):
+    trainer.loader = BatchLoader(TextDocuments(TEXTS), ByteTokenizer(), rows=2, seq_len=16, buffer_documents=9)
+    with pytest.raises(CheckpointError, match="buffer_documents"):
         trainer.resume()
+
+
+def test_other_micro_batches_go_on_with_the_same_rows(tmp_path: Path) -> None:
+    whole = make_trainer(tmp_path / "whole")
+    whole.fit()
+    interrupted_at_four(tmp_path / "resumed")
+    trainer = make_trainer(tmp_path / "resumed")
+    trainer.loader = BatchLoader(TextDocuments(TEXTS), ByteTokenizer(), rows=4, seq_len=16, buffer_documents=8)
+    trainer.resume()
+    trainer.fit()
+    assert losses(tmp_path / "resumed") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
 
 
 def test_an_unknown_topic_to_accept_is_refused(tmp_path: Path) -> None:

@@ -37,3 +37,28 @@ class Batch(NamedTuple):
         return Batch(
             self.inputs.to(device, non_blocking=non_blocking), self.targets.to(device, non_blocking=non_blocking)
         )
+
+
+def document_ids(token_ids: Tensor, bos_token_id: int) -> Tensor:
+    """Return which document of its row each position belongs to, for those who keep attention inside documents.
+
+    Every document in a packed row begins with `<|bos|>`, and so does a rest that `overflow="carry"` packed later;
+    text never holds that id. With `overflow="concat"` a row may begin inside a document, which then has number 0.
+
+    Args:
+        token_ids: `(batch, seq)` inputs, on any device.
+        bos_token_id: The tokenizer's `<|bos|>`.
+
+    Returns:
+        Numbers that rise by one at each document's start, `(batch, seq)` int64.
+
+    Example:
+        ```python
+        import torch
+        from tinygpt.data import document_ids
+
+        ids = document_ids(torch.tensor([[9, 1, 2, 9, 3]]), bos_token_id=9)  # [[1, 1, 1, 2, 2]]
+        mask = ids[:, :, None] == ids[:, None, :]  # (batch, seq, seq): True where both are of one document
+        ```
+    """
+    return (token_ids == bos_token_id).cumsum(dim=1)

@@ -1,95 +1,191 @@
-"""Document sources that are files: plain text and JSON lines."""
+"""Document sources that are files: what they share, plain text and JSON lines."""
 
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
+from io import BufferedReader
 from itertools import pairwise
 from pathlib import Path
-from typing import BinaryIO, TypeAlias
+from typing import NamedTuple, TypeAlias
 
-from tinygpt.data._documents import Cursor, DocumentSource, cursor_number
+from tinygpt.data._documents import Cursor, cursor_number
+from tinygpt.data._faults import WHOLE_FILE, Faults, OnError, Skipped
+from tinygpt.data._formats import MAX_DOCUMENT_BYTES, Format, JsonFormat, TextFormat
 from tinygpt.errors import DataError
 
 Paths: TypeAlias = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
-# Files up to 16 MiB are hashed whole; of larger ones 16 blocks, so that large files cost no more.
-_HASH_BLOCKS = 16
-_BLOCK_BYTES = 1 << 20
+# Sources up to 256 MiB are hashed whole; of larger ones 1 MiB a file, so that 1,000 shards take seconds.
+_HASHED_WHOLE_BYTES = 256 << 20
+_SAMPLES = 16
+_SAMPLE_BYTES = 64 << 10
 
 
-class _FileSource:
-    """Files in sorted order, read one after the other from a cursor of file number and byte offset."""
+class ListedFile(NamedTuple):
+    """A file as it was when the source was made; `version` changes when its contents do."""
 
-    suffix: str
+    name: str
+    size: int
+    version: int | str
 
-    def __init__(self, paths: Paths, settings: str) -> None:
-        self._files = _find(paths, self.suffix)
-        self._settings = settings
+
+class FileSource:
+    """Files in sorted order, read one after the other; a subclass says where they are."""
+
+    def __init__(self, files: Sequence[ListedFile], form: Format, faults: Faults) -> None:
+        self._files = list(files)
+        self._format = form
+        self._faults = faults
+
+    @property
+    def skipped(self) -> tuple[Skipped, ...]:
+        """What was passed over since this source was made, by file and reason; empty unless `on_error="skip"`."""
+        return self._faults.skipped()
 
     def read(self, cursor: Cursor | None = None) -> Iterator[tuple[str, Cursor]]:
         """Yield the documents from the cursor on, opening one file at a time.
 
         Raises:
-            DataError: If a file has gone, is not valid UTF-8 or holds a broken record (file and place are named),
-                there is no document at all, or the cursor is not one of this source.
+            DataError: If the cursor is not one of this source or there is no document at all; and, unless faults
+                are skipped, if a file has gone or changed, was cut off or is damaged, or a document is not valid
+                UTF-8, broken or too long. File and place are named.
         """
-        first = 0 if cursor is None else cursor_number(cursor, "file", len(self._files))
+        first, place = (0, Cursor()) if cursor is None else self._start(cursor)
         found = cursor is not None
-        for index in range(first, len(self._files)):
-            _, path = self._files[index]
-            place = cursor if cursor is not None and index == first else {}
-            try:
-                with path.open("rb") as file:
-                    offset = cursor_number(place, "offset", os.path.getsize(path)) if place else 0
-                    file.seek(offset)
-                    for text, end in self._documents(file, path, offset, place):
-                        found = True
-                        yield text, {"file": index, **end}
-            except OSError as error:
-                raise DataError(f"{path} cannot be read: {error.strerror}; it was there when it was listed.") from None
+        with closing(self._open_from(first)) as opened:
+            for index, file in enumerate(opened, start=first):
+                name, size, _ = self._files[index]
+                for text, end in self._documents(file, name, place):
+                    found = True
+                    yield text, {"file": index, "name": name, "size": size, **end}
+                place = {}
         if not found:
-            raise DataError(f"there are no documents in {', '.join(name for name, _ in self._files)}.")
+            names = ", ".join(file.name for file in self._files[:5]) + (", ..." if len(self._files) > 5 else "")
+            reasons = "".join(f" Skipped: {skipped.first}" for skipped in self.skipped[:5])
+            raise DataError(f"there are no documents in {names}.{reasons}")
+
+    def _open_from(self, first: int) -> Generator[BufferedReader | None, None, None]:
+        """Yield every file from `first` on, opened, or None for one that a fault was noted of."""
+        raise NotImplementedError
+
+    def _documents(self, file: BufferedReader | None, name: str, place: Cursor) -> Iterator[tuple[str, Cursor]]:
+        """Yield the documents of one file, turning what can go wrong with a file into a noted fault."""
+        if file is None:
+            return
+        try:
+            with file:
+                yield from self._format.documents(file, name, place, self._faults)
+        except EOFError:
+            message = f"{name} ends in the middle of its compressed data: it was cut off; fetch or write it again."
+            self._faults.note(name, WHOLE_FILE, "cut off", message)
+        except OSError as error:
+            message = f"{name} cannot be read: {error.strerror or error}; fetch or write it again."
+            self._faults.note(name, WHOLE_FILE, "cannot be read", message)
+
+    def _start(self, cursor: Cursor) -> tuple[int, Cursor]:
+        """Return the file to go on with and the place in it, {} for its beginning."""
+        index = cursor_number(cursor, "file", len(self._files))
+        name, size = cursor.get("name"), cursor.get("size")
+        if not isinstance(name, str) or not isinstance(size, int):
+            raise DataError(f"cursor {cursor} does not belong to this source: name and size are missing.")
+        if index == len(self._files) or self._files[index].name != name:
+            names = [file.name for file in self._files]
+            there = name in names
+            change = f"file {index + 1} then, {names.index(name) + 1} now" if there else "not among the files any more"
+            message = f"the position was saved in {name}, which is {change}; restore the files as they were."
+            self._faults.note(name, WHOLE_FILE, "moved or deleted since the position was saved", message)
+            index = names.index(name) if there else bisect_left(names, name)
+            if not there:
+                return index, {}
+        if (now := self._files[index].size) != size:
+            message = f"{name} had {size:,} bytes when the position was saved and has {now:,} now; restore it."
+            self._faults.note(name, WHOLE_FILE, "changed since the position was saved", message)
+            return index + 1, {}
+        return index, cursor
+
+
+class LocalFiles(FileSource):
+    """Files on disk."""
+
+    def __init__(self, paths: Paths, form: Format, on_error: OnError) -> None:
+        faults = Faults(on_error)
+        self._paths: list[Path] = []
+        files = []
+        for name, path in _find(paths, form.suffixes):
+            status = path.stat()
+            if status.st_size == 0:
+                faults.note(name, WHOLE_FILE, "empty", f"{path} is empty; remove it or leave it out.")
+                continue
+            files.append(ListedFile(name, status.st_size, status.st_mtime_ns))
+            self._paths.append(path)
+        if not files:
+            raise DataError(f"every file of {paths} is empty; give files with text.")
+        super().__init__(files, form, faults)
 
     def fingerprint(self) -> str:
         """Return a SHA-256 hex digest of names, sizes and contents.
 
-        A file over 16 MiB is represented by 16 blocks of 1 MiB spread from its first to its last byte.
+        If all files together have more than 256 MiB, a file over 1 MiB is represented by 16 samples of 64 KiB spread
+        from its first to its last byte.
 
         Raises:
             DataError: If a file has gone.
         """
-        digest = hashlib.sha256(self._settings.encode())
-        for name, path in self._files:
+        skipping = f" skip {self._format.limit}" if self._faults.on_error == "skip" else ""
+        digest = hashlib.sha256((self._format.settings + skipping).encode())
+        whole = sum(file.size for file in self._files) <= _HASHED_WHOLE_BYTES
+        for (name, _, _), path in zip(self._files, self._paths, strict=True):
             try:
                 with path.open("rb") as file:
                     size = os.fstat(file.fileno()).st_size
                     digest.update(json.dumps([name, size]).encode())
-                    _hash_content(digest.update, file, size)
+                    _hash_content(digest.update, file, size, whole)
             except OSError as error:
+                # Not a fault to skip: without the file there is no telling what was read.
                 raise DataError(f"{path} cannot be read: {error.strerror}; it was there when it was listed.") from None
         return digest.hexdigest()
 
-    def _documents(
-        self, file: BinaryIO, path: Path, offset: int, place: Cursor
-    ) -> Iterator[tuple[str, dict[str, int]]]:
-        """Yield the documents of an open file from `offset`, each with the rest of its cursor."""
-        raise NotImplementedError
+    def _open_from(self, first: int) -> Generator[BufferedReader | None, None, None]:
+        for (name, size, modified), path in zip(self._files[first:], self._paths[first:], strict=True):
+            try:
+                file = path.open("rb")
+            except OSError as error:
+                message = f"{path} cannot be read: {error.strerror}; it was there when it was listed."
+                self._faults.note(name, WHOLE_FILE, "deleted or unreadable", message)
+                yield None
+                continue
+            status = os.fstat(file.fileno())
+            if (status.st_size, status.st_mtime_ns) != (size, modified):
+                file.close()
+                message = f"{path} changed since it was listed; make the source again, and leave its files alone."
+                self._faults.note(name, WHOLE_FILE, "changed while in use", message)
+                yield None
+                continue
+            yield file
 
 
-class TextFiles(_FileSource):
+class TextFiles(LocalFiles):
     r"""Plain UTF-8 text: a file is a document, or holds several between separators.
 
-    Files are read in sorted order, their bytes kept as they are (line ends are not converted).
+    Files are read in sorted order, their bytes kept as they are (line ends are not converted). Names that end in
+    `.gz` or `.zst` are uncompressed on the way; going on in the middle of such a file first unpacks it up to there.
 
     Args:
-        paths: A file, a list of files, or a folder, of which every `.txt` file below it is taken.
+        paths: A file, a list of files, or a folder, of which every `.txt`, `.txt.gz` and `.txt.zst` file below it
+            is taken.
         separator: What stands between two documents of a file, such as a blank line, `"\n\n"`; None makes each
             file one document. Nothing between two separators is an empty document, which loaders skip and count.
+        max_document_bytes: A longer document is a fault: tokenizing one takes about ten times its size in memory.
+        on_error: `"raise"` stops at a file or document that cannot be used; `"skip"` passes over it, counts it in
+            `skipped`, and warns once for each kind of fault.
 
     Raises:
-        DataError: If a path does not exist, a file is empty or listed twice, there is no file, or `separator`
-            is empty.
+        ConfigError: If `max_document_bytes` is not positive or `on_error` is not known.
+        DataError: If a path does not exist or is listed twice, there is no file, or `separator` is empty; and,
+            unless skipped, if a file is empty.
 
     Example:
         ```python
@@ -101,31 +197,35 @@ class TextFiles(_FileSource):
         ```
     """
 
-    suffix = ".txt"
-
-    def __init__(self, paths: Paths, *, separator: str | None = None) -> None:
-        if separator == "":
-            raise DataError("separator is empty; give the text between two documents, or None for one a file.")
-        super().__init__(paths, f"text {separator!r}")
-        self._separator = None if separator is None else separator.encode("utf-8")
-
-    def _documents(
-        self, file: BinaryIO, path: Path, offset: int, place: Cursor
-    ) -> Iterator[tuple[str, dict[str, int]]]:
-        for raw, end in _pieces(file, offset, self._separator):
-            yield _decode(raw, path, offset), {"offset": end}
-            offset = end
+    def __init__(
+        self,
+        paths: Paths,
+        *,
+        separator: str | None = None,
+        max_document_bytes: int = MAX_DOCUMENT_BYTES,
+        on_error: OnError = "raise",
+    ) -> None:
+        super().__init__(paths, TextFormat(separator, max_document_bytes), on_error)
 
 
-class JsonLines(_FileSource):
+class JsonLines(LocalFiles):
     r"""JSON lines: each line an object with the document under one key. Blank lines are passed over.
 
+    Names that end in `.gz` or `.zst` are uncompressed on the way; going on in the middle of such a file first unpacks
+    it up to there.
+
     Args:
-        paths: A file, a list of files, or a folder, of which every `.jsonl` file below it is taken.
+        paths: A file, a list of files, or a folder, of which every `.jsonl`, `.jsonl.gz` and `.jsonl.zst` file below
+            it is taken.
         text_key: Key of the document's text.
+        max_document_bytes: A longer line is a fault: tokenizing takes about ten times a document's size in memory.
+        on_error: `"raise"` stops at a file or document that cannot be used; `"skip"` passes over it, counts it in
+            `skipped`, and warns once for each kind of fault.
 
     Raises:
-        DataError: If a path does not exist, a file is empty or listed twice, or there is no file.
+        ConfigError: If `max_document_bytes` is not positive or `on_error` is not known.
+        DataError: If a path does not exist or is listed twice, or there is no file; and, unless skipped, if a file
+            is empty.
 
     Example:
         ```python
@@ -137,90 +237,29 @@ class JsonLines(_FileSource):
         ```
     """
 
-    suffix = ".jsonl"
-
-    def __init__(self, paths: Paths, *, text_key: str = "text") -> None:
-        super().__init__(paths, f"jsonl {text_key!r}")
-        self._text_key = text_key
-
-    def _documents(
-        self, file: BinaryIO, path: Path, offset: int, place: Cursor
-    ) -> Iterator[tuple[str, dict[str, int]]]:
-        line = cursor_number(place, "line", offset) if place else 0
-        for raw in file:
-            line += 1
-            start, offset = offset, offset + len(raw)
-            if raw.strip():
-                text = self._text(_decode(raw, path, start), f"{path} line {line}")
-                yield text, {"offset": offset, "line": line}
-
-    def _text(self, record: str, where: str) -> str:
-        """Return the document in one line."""
-        try:
-            fields = json.loads(record)
-        except (ValueError, RecursionError) as error:
-            raise DataError(
-                f"{where} is not valid JSON ({error}); if it is the last line, the file was cut off in a record."
-            ) from None
-        if not isinstance(fields, dict):
-            raise DataError(f"{where} is a JSON {type(fields).__name__}; each line must be an object.")
-        if self._text_key not in fields:
-            raise DataError(f"{where} has no key {self._text_key!r}; its keys are {list(fields)}; choose a text_key.")
-        text = fields[self._text_key]
-        if not isinstance(text, str):
-            raise DataError(f"{where}: {self._text_key!r} is {type(text).__name__}; the document must be a string.")
-        if "\\u" in record:  # only an escape can smuggle in what UTF-8 cannot hold
-            try:
-                text.encode("utf-8")
-            except UnicodeEncodeError as error:
-                raise DataError(f"{where} escapes half a character (a lone surrogate): {error}.") from None
-        return text
+    def __init__(
+        self,
+        paths: Paths,
+        *,
+        text_key: str = "text",
+        max_document_bytes: int = MAX_DOCUMENT_BYTES,
+        on_error: OnError = "raise",
+    ) -> None:
+        super().__init__(paths, JsonFormat(text_key, max_document_bytes), on_error)
 
 
-def open_source(path: str | os.PathLike[str]) -> DocumentSource:
-    """Open a file or folder as documents, by its suffix.
-
-    Args:
-        path: A `.txt` file (one document), a `.jsonl` file (key `"text"`), or a folder that holds files of one of
-            these kinds. For other keys and separators use `JsonLines` and `TextFiles`.
-
-    Raises:
-        DataError: If the path does not exist, is of another kind, or is a folder with both kinds or neither.
-
-    Example:
-        ```python
-        from pathlib import Path
-        from tinygpt.data import open_source
-
-        Path("notes.txt").write_text("one document")
-        source = open_source("notes.txt")
-        ```
-    """
-    path = Path(path)
-    _require_path(path)
-    candidates = path.rglob("*") if path.is_dir() else [path]
-    suffixes = {file.suffix.lower() for file in candidates if file.is_file()} & {".txt", ".jsonl"}
-    if suffixes == {".txt"}:
-        return TextFiles(path)
-    if suffixes == {".jsonl"}:
-        return JsonLines(path)
-    if suffixes:
-        raise DataError(f"{path} holds both .txt and .jsonl files; open one kind with TextFiles or JsonLines.")
-    raise DataError(f"{path} is neither .txt nor .jsonl nor a folder of them; open it with TextFiles or JsonLines.")
-
-
-def _find(paths: Paths, suffix: str) -> list[tuple[str, Path]]:
+def _find(paths: Paths, suffixes: tuple[str, ...]) -> list[tuple[str, Path]]:
     """Return name and path of every file, sorted; names in a folder are relative to it, so the folder may move."""
     if isinstance(paths, (str, os.PathLike)):
         root = Path(paths)
-        _require_path(root)
+        require_path(root)
         if root.is_dir():
-            below = [file for file in root.rglob("*") if file.is_file() and file.suffix.lower() == suffix]
+            below = [file for file in root.rglob("*") if file.name.lower().endswith(suffixes) and file.is_file()]
             found = [(file.relative_to(root).as_posix(), file) for file in below]
         else:
             found = [(root.name, root)]
         if not found:
-            raise DataError(f"there is no {suffix} file in {root}.")
+            raise DataError(f"there is no {suffixes[0]} file in {root}.")
     else:
         found = [(Path(path).name, Path(path)) for path in paths]
         if not found:
@@ -230,55 +269,24 @@ def _find(paths: Paths, suffix: str) -> list[tuple[str, Path]]:
         if path == following:
             raise DataError(f"{path} is listed twice.")
     for _, path in found:
-        _require_path(path)
+        require_path(path)
         if path.is_dir():
             raise DataError(f"{path} is a folder; give it alone, or a list of files.")
-        if path.stat().st_size == 0:
-            raise DataError(f"{path} is empty; remove it or leave it out.")
     return found
 
 
-def _require_path(path: Path) -> None:
+def require_path(path: Path) -> None:
+    """Raise `DataError` if there is nothing at a path."""
     if not path.exists():
         raise DataError(f"{path} does not exist.")
 
 
-def _pieces(file: BinaryIO, offset: int, separator: bytes | None) -> Iterator[tuple[bytes, int]]:
-    """Yield what stands between separators from `offset` on, with the offset behind it and its separator."""
-    if separator is None:
-        content = file.read()
-        if content:
-            yield content, offset + len(content)
+def _hash_content(update: Callable[[bytes], None], file: BufferedReader, size: int, whole: bool) -> None:
+    """Hash all of a file, or samples of a large one."""
+    if whole or size <= _SAMPLES * _SAMPLE_BYTES:
+        while block := file.read(1 << 20):
+            update(block)
         return
-    pending = bytearray()
-    searched = 0
-    while block := file.read(_BLOCK_BYTES):
-        pending += block
-        while (end := pending.find(separator, searched)) >= 0:
-            searched = 0
-            offset += end + len(separator)
-            yield bytes(pending[:end]), offset
-            del pending[: end + len(separator)]
-        searched = max(0, len(pending) - len(separator) + 1)
-    if pending:
-        yield bytes(pending), offset + len(pending)
-
-
-def _decode(raw: bytes, path: Path, offset: int) -> str:
-    """Return bytes that start at `offset` of a file as text."""
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path} is not valid UTF-8 at byte {offset + error.start} ({error.reason}); convert the file to UTF-8."
-        ) from None
-
-
-def _hash_content(update: Callable[[bytes], None], file: BinaryIO, size: int) -> None:
-    """Hash all of a small file, blocks of a large one."""
-    if size <= _HASH_BLOCKS * _BLOCK_BYTES:
-        update(file.read())
-        return
-    for block in range(_HASH_BLOCKS):
-        file.seek((size - _BLOCK_BYTES) * block // (_HASH_BLOCKS - 1))
-        update(file.read(_BLOCK_BYTES))
+    for sample in range(_SAMPLES):
+        file.seek((size - _SAMPLE_BYTES) * sample // (_SAMPLES - 1))
+        update(file.read(_SAMPLE_BYTES))

@@ -2,23 +2,23 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import replace
 from typing import Any, Self
 
 import numpy as np
 import torch
 
 from tinygpt.data._batch import Batch
-from tinygpt.data._documents import Cursor, DocumentSource
-from tinygpt.data._packing import Overflow, Packer, TokenArray, Utilization
-from tinygpt.data._state import buffer_arrays, buffer_tensors, check_state
+from tinygpt.data._documents import DocumentSource
+from tinygpt.data._packing import Overflow, Packer, Utilization
+from tinygpt.data._prefetch import Ahead
+from tinygpt.data._rows import Mark, RowStream
+from tinygpt.data._shards import TokenShards
+from tinygpt.data._state import read_state, write_state
 from tinygpt.errors import ConfigError, DataError
 from tinygpt.tokenizer import Tokenizer
-
-# Documents are tokenized together for the threads' sake, up to a size that keeps memory small.
-_ENCODE_DOCUMENTS = 64
-_ENCODE_CHARACTERS = 4_000_000
 
 
 class BatchLoader:
@@ -26,24 +26,38 @@ class BatchLoader:
 
     The source is read again and again. An epoch is packed to its end before the next one starts, so a document
     comes once an epoch however small the corpus. Nothing but the arguments decides what comes: no environment,
-    no clock, no random state.
+    no clock, no random state. Text and the token shards made of it give the same batches.
 
     With several processes each packs the same stream of rows and keeps every `world_size`-th, from `rank` on: one
     step's rows, over all ranks, are the ones that a single process with `rows * world_size` would get.
 
+    Batches are made ahead by threads, tokenization included. `epoch`, `utilization` and `state_dict` speak of the
+    batches handed out, not of those waiting. An error leaves the loader behind the last batch handed out.
+
     Args:
-        source: Where documents come from.
-        tokenizer: What turns them into token ids.
+        source: Where documents come from: text, or `TokenShards`.
+        tokenizer: What turns text into token ids; None takes that of the shards.
         rows: Rows in a batch of this process.
         seq_len: Positions in a row.
         buffer_documents: How many documents packing chooses from; see `Packer`.
-        overflow: What happens to the rest of a document cut to fill a row: `"crop"` drops it, `"carry"` keeps it.
+        overflow: What happens to the rest of a document cut to fill a row: `"crop"` drops it, `"carry"` lets it
+            start a later row, `"concat"` goes on with it in the next row, whatever a row then starts with.
+        seed: Shuffles documents, differently in every epoch; None keeps the source's order.
+        shuffle_documents: Documents shuffled at a time: consecutive ones are collected and handed out in random
+            order. More mix better and take more memory, 8 bytes a token; windows end early at 8 million tokens.
         rank: Number of this process, from 0.
         world_size: Number of processes.
+        num_workers: Threads that tokenize text; None takes one a core, at most 8; 0 tokenizes where batches are
+            made. It changes no batch.
+        prefetch: Batches made ahead in a thread; 0 makes each when it is asked for. It changes no batch.
+        pin_memory: Put batches into pinned memory, from which copies to a GPU overlap with work; None does so where
+            CUDA is there.
 
     Raises:
-        ConfigError: If a number is out of range or `overflow` is not known.
-        DataError: From iteration, if no document of the source holds a token, or the source cannot be read.
+        ConfigError: If a number is out of range, `overflow` is not known, text comes without a tokenizer, or memory
+            cannot be pinned.
+        DataError: If the tokenizer is not the one that made the shards. From iteration, if no document of the source
+            holds a token, or the source cannot be read.
 
     Example:
         ```python
@@ -58,42 +72,64 @@ class BatchLoader:
 
     def __init__(
         self,
-        source: DocumentSource,
-        tokenizer: Tokenizer,
+        source: DocumentSource | TokenShards,
+        tokenizer: Tokenizer | None = None,
         *,
         rows: int,
         seq_len: int,
         buffer_documents: int = 1000,
         overflow: Overflow = "crop",
+        seed: int | None = None,
+        shuffle_documents: int = 8192,
         rank: int = 0,
         world_size: int = 1,
+        num_workers: int | None = None,
+        prefetch: int = 2,
+        pin_memory: bool | None = None,
     ) -> None:
-        for name, value in (("rows", rows), ("seq_len", seq_len), ("world_size", world_size)):
+        workers = min(8, os.cpu_count() or 1) if num_workers is None else num_workers
+        positive = {"rows": rows, "seq_len": seq_len, "shuffle_documents": shuffle_documents, "world_size": world_size}
+        for name, value in positive.items():
             if value < 1:
                 raise ConfigError(f"{name}={value} is not positive; choose 1 or more.")
+        for name, value in (("num_workers", workers), ("prefetch", prefetch)):
+            if value < 0:
+                raise ConfigError(f"{name}={value} is negative; choose 0 or more.")
+        if seed is not None and not 0 <= seed < 1 << 64:
+            raise ConfigError(f"seed={seed} is out of range; choose 0 to 2**64 - 1, or None for the source's order.")
         if not 0 <= rank < world_size:
             raise ConfigError(f"rank={rank} is not one of {world_size} processes; choose 0 to {world_size - 1}.")
-        self._packer = Packer(
+        if pin_memory and not torch.cuda.is_available():
+            raise ConfigError("pin_memory=True needs CUDA, which is not there; leave it at None.")
+        self._tokenizer = _tokenizer_of(source, tokenizer)
+        packer = Packer(
             row_tokens=seq_len + 1,
-            bos_token_id=tokenizer.bos_token_id,
+            bos_token_id=self._tokenizer.bos_token_id,
             buffer_documents=buffer_documents,
             overflow=overflow,
         )
-        self._source = source
-        self._tokenizer = tokenizer
-        self._rank = rank
-        self._settings: dict[str, int | str] = {
+        self._prefetch = prefetch
+        self._dealing: dict[str, Any] = {
             "rows": rows,
+            "rank": rank,
+            "world_size": world_size,
+            "pin_memory": torch.cuda.is_available() if pin_memory is None else pin_memory,
+        }
+        # What decides the stream of rows; how it is dealt out to batches and ranks does not.
+        self._settings: dict[str, int | str | None] = {
             "seq_len": seq_len,
             "buffer_documents": buffer_documents,
             "overflow": overflow,
-            "world_size": world_size,
+            "seed": seed,
+            "shuffle_documents": None if seed is None else shuffle_documents,
         }
         # Taken once: were a file changed while we read, a digest taken later would hide it from the next run.
-        self._fingerprints = {"source": source.fingerprint(), "tokenizer": tokenizer.fingerprint()}
-        self._epoch = 0
-        self._cursor: Cursor | None = None
-        self._documents = self._read_epoch()
+        self._fingerprints = {"source": source.fingerprint(), "tokenizer": self._tokenizer.fingerprint()}
+        self._stream = RowStream(
+            source, self._tokenizer, packer, seed=seed, window_documents=shuffle_documents, workers=workers
+        )
+        self._mark = self._stream.mark()
+        self._batches: Ahead[tuple[Batch, Mark]] | None = None
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -103,11 +139,11 @@ class BatchLoader:
     @property
     def epoch(self) -> int:
         """How many times the source was read and packed to its end."""
-        return self._epoch
+        return self._mark.epoch
 
     def utilization(self) -> Utilization:
         """Return how many documents and tokens were read, used and cropped since the first batch."""
-        return self._packer.utilization
+        return replace(self._mark.packer.counts)
 
     def fingerprint(self) -> str:
         """Return a SHA-256 hex digest of source, tokenizer and settings: equal digests, equal rows over all ranks."""
@@ -119,84 +155,82 @@ class BatchLoader:
 
     def __next__(self) -> Batch:
         """Return the next batch, `(rows, seq_len)` int64 on the CPU."""
-        rows, world_size = int(self._settings["rows"]), int(self._settings["world_size"])
-        step = [self._next_row() for _ in range(rows * world_size)]
-        kept = torch.from_numpy(np.stack(step[self._rank :: world_size]))
-        return Batch.from_rows(kept, bos_token_id=self._tokenizer.bos_token_id)
+        if self._batches is None:
+            self._batches = Ahead(_make_batches(self._stream, **self._dealing), self._prefetch)
+        try:
+            batch, self._mark = next(self._batches)
+        except BaseException:
+            self._rewind(self._mark)
+            raise
+        return batch
+
+    def close(self) -> None:
+        """Stop the threads and drop what they prepared. Asked for another batch, the loader starts them again."""
+        if self._batches is not None:
+            self._rewind(self._mark)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position behind the last batch; every rank's is the same.
+        """Return the position behind the last batch handed out; every rank's is the same.
+
+        It can be loaded with other `rows`, `world_size`, `num_workers` and `prefetch`: the rows go on where they were.
 
         Returns:
             JSON values, and under `"tensors"` the packing buffer: `buffer_tokens`, its token ids one document
             after the other, `(tokens,)` int32, and `buffer_lengths`, `(documents,)` int64.
         """
-        return {
-            "version": 1,
-            "epoch": self._epoch,
-            "cursor": self._cursor,
-            "counters": asdict(self._packer.utilization),
-            "settings": dict(self._settings),
-            "source_fingerprint": self._fingerprints["source"],
-            "tokenizer_fingerprint": self._fingerprints["tokenizer"],
-            "tensors": buffer_tensors(self._packer.buffered_documents()),
-        }
+        return write_state(self._mark, settings=self._settings, fingerprints=self._fingerprints)
 
     def load_state_dict(self, state: dict[str, Any], *, allow_source_change: bool = False) -> None:
-        """Continue where `state_dict` was taken: the next batches equal those of the loader that was not stopped.
+        """Continue where `state_dict` was taken: the next rows equal those of the loader that was not stopped.
 
         Args:
-            state: What `state_dict` returned.
+            state: What `state_dict` returned, in this version or in version 1.
             allow_source_change: Accept the state of a loader with another source. This source then starts at its
                 beginning and at epoch 0; what was already in the packing buffer comes first, and counters go on.
 
         Raises:
-            DataError: If the state is damaged, of another version, or was saved with other settings, another
+            DataError: If the state is damaged, of an unknown version, or was saved with other settings, another
                 tokenizer or, unless allowed, another source.
         """
-        check_state(state, settings=self._settings, fingerprints=self._fingerprints, other_source=allow_source_change)
-        documents, counts = buffer_arrays(state["tensors"]), Utilization(**state["counters"])
-        same_source = state["source_fingerprint"] == self._fingerprints["source"]
-        self._packer.restore(documents, counts)
-        self._epoch = state["epoch"] if same_source else 0
-        self._cursor = state["cursor"] if same_source else None
-        self._documents = self._read_epoch()
+        mark = read_state(
+            state, settings=self._settings, fingerprints=self._fingerprints, other_source=allow_source_change
+        )
+        self._rewind(mark)
 
-    def _next_row(self) -> TokenArray:
-        """Return the next row of the global stream, starting new epochs as needed."""
-        try:
-            while (row := self._packer.next_row(self._documents)) is None:
-                self._epoch += 1
-                self._cursor = None
-                self._documents = self._read_epoch()
-        except BaseException:
-            # A generator that raised looks like one that ended; asked again, we must not take that for an epoch.
-            self._documents = self._read_epoch()
-            raise
-        return row
-
-    def _read_epoch(self) -> Iterator[TokenArray]:
-        """Yield the token ids of the rest of this epoch, moving the cursor along with what was taken."""
-        # Behind a cursor lies at least one document with tokens, or there would have been no state to save.
-        found = self._cursor is not None
-        documents = self._source.read(self._cursor)
-        while chunk := _take_chunk(documents):
-            encoded = self._tokenizer.encode_batch([text for text, _ in chunk])
-            for token_ids, (_, cursor) in zip(encoded, chunk, strict=True):
-                self._cursor = cursor
-                found = found or len(token_ids) > 0
-                yield np.asarray(token_ids, dtype=np.int32)
-        if not found:
-            raise DataError("the source has no document with a token in it; give it text.")
+    def _rewind(self, mark: Mark) -> None:
+        """Stop making batches, and go on at a mark when asked for one."""
+        if self._batches is not None:
+            self._batches.close()
+            self._batches = None
+        self._stream.restore(mark)
+        self._mark = mark
 
 
-def _take_chunk(documents: Iterator[tuple[str, Cursor]]) -> list[tuple[str, Cursor]]:
-    """Return the next documents to tokenize together, at least one unless the source has ended."""
-    chunk = []
-    characters = 0
-    for text, cursor in documents:
-        chunk.append((text, cursor))
-        characters += len(text)
-        if len(chunk) == _ENCODE_DOCUMENTS or characters >= _ENCODE_CHARACTERS:
-            break
-    return chunk
+def _make_batches(
+    stream: RowStream, *, rows: int, rank: int, world_size: int, pin_memory: bool
+) -> Iterator[tuple[Batch, Mark]]:
+    """Yield every batch with the place behind it; runs in the thread that works ahead."""
+    while True:
+        step = [stream.next_row() for _ in range(rows * world_size)]
+        # In numpy, since torch would start its threads again for this one; and no row is padded.
+        tokens = np.stack(step[rank::world_size]).astype(np.int64)
+        batch = Batch(*(torch.from_numpy(part.copy()) for part in (tokens[:, :-1], tokens[:, 1:])))
+        if pin_memory:
+            batch = Batch(*(part.pin_memory() for part in batch))
+        yield batch, stream.mark()
+
+
+def _tokenizer_of(source: DocumentSource | TokenShards, tokenizer: Tokenizer | None) -> Tokenizer:
+    """Return the tokenizer to use, which must be the one that made the shards."""
+    if not isinstance(source, TokenShards):
+        if tokenizer is None:
+            raise ConfigError("tokenizer=None: text needs a tokenizer; only TokenShards bring their own.")
+        return tokenizer
+    if tokenizer is None:
+        return source.tokenizer
+    if tokenizer.fingerprint() != source.tokenizer_fingerprint:
+        raise DataError(
+            f"the token shards were made with another tokenizer: fingerprint {source.tokenizer_fingerprint[:12]} then, "
+            f"{tokenizer.fingerprint()[:12]} now; leave the tokenizer out, or tokenize again."
+        )
+    return tokenizer

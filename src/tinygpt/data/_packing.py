@@ -1,9 +1,9 @@
-"""Best-fit packing of documents into rows, with every row starting at a document's start."""
+"""Packing of documents into rows: best fit, every row at a document's start, or one stream cut into rows."""
 
-from bisect import bisect_left, bisect_right, insort
+from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -11,10 +11,18 @@ import numpy.typing as npt
 from tinygpt.data._batch import IGNORE_INDEX
 from tinygpt.errors import ConfigError
 
-Overflow: TypeAlias = Literal["crop", "carry"]
-"""What happens to the rest of a document that was cut to fill a row: dropped, or starting a later row."""
+Overflow: TypeAlias = Literal["crop", "carry", "concat"]
+"""What happens to the rest of a document that was cut to fill a row.
+
+`"crop"` drops it, `"carry"` lets it start a later row, `"concat"` goes on with it at once: documents in their order
+are one stream, and rows are cut from it wherever they end.
+"""
 
 TokenArray: TypeAlias = npt.NDArray[np.int32]
+
+# A document's place in the sorted buffer is one integer, length above arrival: integers compare faster than tuples.
+_ARRIVAL_BITS = 44
+_LAST_ARRIVAL = (1 << _ARRIVAL_BITS) - 1
 
 
 @dataclass
@@ -50,28 +58,55 @@ class Utilization:
         gone = self.tokens_used + self.tokens_cropped
         return self.tokens_cropped / gone if gone else 0.0
 
+    def __str__(self) -> str:
+        """One line for a log, such as `1,200 documents (3 empty), 840,000 tokens read: ...`."""
+        waiting = self.tokens_read - self.tokens_used - self.tokens_cropped
+        return (
+            f"{self.documents:,} documents ({self.empty_documents:,} empty), {self.tokens_read:,} tokens read: "
+            f"{self.tokens_used:,} used in {self.rows:,} rows, {self.tokens_cropped:,} cropped "
+            f"({self.cropped_fraction:.1%}), {waiting:,} waiting"
+        )
+
+
+class PackerState(NamedTuple):
+    """What a `Packer` holds between two rows; it shares the documents' arrays, which nobody writes to.
+
+    Attributes:
+        documents: The buffer's documents and rests without `<|bos|>`, oldest first, `(tokens,)` int32 each.
+        counts: Where the tokens went so far.
+        continued: Whether the oldest is the rest of a document whose start, `<|bos|>` and all, was in the last row;
+            only with `overflow="concat"`.
+    """
+
+    documents: list[TokenArray]
+    counts: Utilization
+    continued: bool = False
+
 
 class Packer:
     """Fills rows of a fixed length with documents, each behind its own `<|bos|>`.
 
-    Into the space left in a row goes the longest document of the buffer that fits whole, again and again. When
-    none fits, `crop` fills the row with the head of the shortest document and drops the rest; `carry` takes the
-    head of the longest one and returns the rest to the buffer, behind a new `<|bos|>`, so that no token is lost
-    and what is cut is mostly what had to be cut anyway. Among equally long documents the oldest is taken.
+    With `crop` and `carry`, the longest document of the buffer that fits whole goes into the space left in a row,
+    again and again. When none fits, `crop` fills the row with the head of the shortest document and drops the rest;
+    `carry` takes the head of the longest one and returns the rest to the buffer, behind a new `<|bos|>`, so that no
+    token is lost and what is cut is mostly what had to be cut anyway. Among equally long documents the oldest is
+    taken. With `concat` documents follow each other in the order they came, without a buffer to choose from.
 
     Args:
         row_tokens: Tokens in a row: the sequence length and one more, for the last target.
         bos_token_id: Id put before every document and every carried rest.
-        buffer_documents: How many documents to choose from; more waste less and take more memory.
-        overflow: `"crop"` or `"carry"`.
+        buffer_documents: How many documents to choose from; more waste less and take more memory. No matter to
+            `"concat"`.
+        overflow: `"crop"`, `"carry"` or `"concat"`.
 
     Raises:
-        ConfigError: If `row_tokens` is below 2, `buffer_documents` below 1, or `overflow` is neither.
+        ConfigError: If `row_tokens` is below 2, `buffer_documents` below 1, or `overflow` is none of the three.
 
     References:
         Ding et al., [Fewer Truncations Improve Language Modeling](https://arxiv.org/abs/2404.10830), 2024: best-fit
         packing of a whole corpus. Here, as in [nanochat](https://github.com/karpathy/nanochat), it runs over a
-        buffer and fills rows completely; the choice is by bisection in sorted lengths, not a scan.
+        buffer and fills rows completely; the choice is by bisection in sorted lengths, not a scan. `concat` is what
+        GPT-2 and GPT-3 were trained on.
     """
 
     def __init__(
@@ -86,22 +121,23 @@ class Packer:
             raise ConfigError(f"row_tokens={row_tokens} has no room for <|bos|> and a token; choose 2 or more.")
         if buffer_documents < 1:
             raise ConfigError(f"buffer_documents={buffer_documents} is not positive; choose 1 or more.")
-        if overflow not in ("crop", "carry"):
-            raise ConfigError(f"overflow={overflow!r} is not known; choose 'crop' or 'carry'.")
+        if overflow not in ("crop", "carry", "concat"):
+            raise ConfigError(f"overflow={overflow!r} is not known; choose 'crop', 'carry' or 'concat'.")
         self._row_tokens = row_tokens
         self._bos = bos_token_id
-        self._buffer_documents = buffer_documents
         self._overflow = overflow
-        # (length with <|bos|>, minus arrival number): sorted by length, and the oldest last among equals.
-        self._order: list[tuple[int, int]] = []
+        self._buffer_documents = 1 if overflow == "concat" else buffer_documents
+        # Sorted by length with <|bos|>, and the oldest last among equals; `_buffer` is in order of arrival.
+        self._order: list[int] = []
         self._buffer: dict[int, TokenArray] = {}
         self._arrivals = 0
         self._row = np.empty(row_tokens, dtype=np.int32)
         self._filled = 0
+        self._continued = False
         self._counts = Utilization()
 
     def __len__(self) -> int:
-        """Number of documents and carried rests in the buffer."""
+        """Number of documents and rests in the buffer."""
         return len(self._order)
 
     @property
@@ -111,12 +147,13 @@ class Packer:
 
     def add(self, token_ids: Sequence[int] | TokenArray) -> None:
         """Put a document, without `<|bos|>`, into the buffer; an empty one is counted and skipped."""
+        length = len(token_ids)
         self._counts.documents += 1
-        self._counts.tokens_read += len(token_ids)
-        if len(token_ids) == 0:
+        self._counts.tokens_read += length
+        if length == 0:
             self._counts.empty_documents += 1
         else:
-            self._insert(np.asarray(token_ids, dtype=np.int32))
+            self._insert(np.asarray(token_ids, dtype=np.int32), length)
 
     def next_row(self, documents: Iterator[Sequence[int] | TokenArray]) -> TokenArray | None:
         """Return the next full row, refilling the buffer from `documents` before every choice.
@@ -141,43 +178,48 @@ class Packer:
         self._counts.padding += self._row_tokens - self._filled
         return self._take_row()
 
-    def buffered_documents(self) -> list[TokenArray]:
-        """Return the buffer's documents and carried rests without `<|bos|>`, oldest first."""
-        return [self._buffer[arrival] for arrival in sorted(self._buffer)]
+    def state(self) -> PackerState:
+        """Return what `restore` needs, between two rows; cheap enough to be taken at every one."""
+        return PackerState(list(self._buffer.values()), replace(self._counts), self._continued)
 
-    def restore(self, documents: Iterable[TokenArray], counts: Utilization) -> None:
-        """Replace buffer and counts by `buffered_documents` and `utilization` of another packer, between two rows."""
+    def restore(self, state: PackerState) -> None:
+        """Go on where another packer with the same arguments was, at the start of a row."""
         self._order, self._buffer, self._arrivals, self._filled = [], {}, 0, 0
-        for document in documents:
-            self._insert(document)
-        self._counts = replace(counts)
+        for document in state.documents:
+            self._insert(document, len(document))
+        self._counts = replace(state.counts)
+        self._continued = state.continued
 
-    def _insert(self, tokens: TokenArray) -> None:
-        insort(self._order, (len(tokens) + 1, -self._arrivals))
+    def _insert(self, tokens: TokenArray, length: int) -> None:
+        insort(self._order, (length + 1 << _ARRIVAL_BITS) + _LAST_ARRIVAL - self._arrivals)
         self._buffer[self._arrivals] = tokens
         self._arrivals += 1
 
     def _place(self) -> None:
         """Put one document, or the head of one, into the row."""
-        space = self._row_tokens - self._filled
-        index = bisect_right(self._order, (space, 0)) - 1
-        if index < 0 and self._overflow == "carry":
-            index = len(self._order) - 1
-        elif index < 0:
-            index = bisect_left(self._order, (self._order[0][0] + 1, -self._arrivals)) - 1
-        _, minus_arrival = self._order.pop(index)
-        tokens = self._buffer.pop(-minus_arrival)
-        head = tokens[: space - 1]
-        self._row[self._filled] = self._bos
-        self._row[self._filled + 1 : self._filled + 1 + len(head)] = head
-        self._filled += 1 + len(head)
-        self._counts.bos_used += 1
-        self._counts.tokens_used += len(head)
-        if len(head) < len(tokens):
-            if self._overflow == "carry":
-                self._insert(tokens[len(head) :])
+        order, overflow, filled = self._order, self._overflow, self._filled
+        space = self._row_tokens - filled
+        index = bisect_left(order, space + 1 << _ARRIVAL_BITS) - 1
+        if index < 0 and overflow == "crop":
+            # The oldest of the shortest: the last one before the next length.
+            index = bisect_left(order, (order[0] >> _ARRIVAL_BITS) + 1 << _ARRIVAL_BITS) - 1
+        tokens = self._buffer.pop(_LAST_ARRIVAL - (order.pop(index) & _LAST_ARRIVAL))
+        if not self._continued:
+            self._row[filled] = self._bos
+            self._counts.bos_used += 1
+            filled += 1
+            space -= 1
+        length = len(tokens)
+        head = length if length < space else space
+        self._row[filled : filled + head] = tokens[:head]
+        self._filled = filled + head
+        self._counts.tokens_used += head
+        self._continued = overflow == "concat" and (head < length)
+        if head < length:
+            if overflow == "crop":
+                self._counts.tokens_cropped += length - head
             else:
-                self._counts.tokens_cropped += len(tokens) - len(head)
+                self._insert(tokens[head:], length - head)
 
     def _take_row(self) -> TokenArray:
         row = self._row.copy()
@@ -201,7 +243,8 @@ def pack_rows(
         row_tokens: Tokens in a row: the sequence length and one more, for the last target.
         bos_token_id: Id put before every document and every carried rest.
         buffer_documents: How many documents to choose from.
-        overflow: What happens to the rest of a cut document: `"crop"` drops it, `"carry"` packs it later.
+        overflow: What happens to the rest of a cut document: `"crop"` drops it, `"carry"` packs it later, `"concat"`
+            starts the next row with it.
 
     Returns:
         An iterator of rows, `(row_tokens,)` int32. Only the last may be padded, with `IGNORE_INDEX`.

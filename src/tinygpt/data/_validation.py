@@ -2,9 +2,11 @@
 
 import hashlib
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,12 +18,14 @@ from tinygpt.data._packing import pack_rows
 from tinygpt.errors import ConfigError, DataError
 from tinygpt.tokenizer import Tokenizer
 
+_FORMAT = "tinygpt validation set, version 1"
+
 
 @dataclass(frozen=True, eq=False)
 class ValidationSet:
-    """Batches that never change, held as one int32 tensor; build it with `from_source`.
+    """Batches that never change, held as one int32 tensor; build it with `from_source`, keep it with `save`.
 
-    Two losses may be compared if their sets have the same `hash`.
+    Two losses may be compared if their sets have the same `hash`; `BpbReport.compare` looks after that.
 
     Attributes:
         token_rows: Packed rows, `(rows, seq_len + 1)` int32, padded in the last one with `IGNORE_INDEX`.
@@ -82,17 +86,87 @@ class ValidationSet:
             raise DataError("the source has no document with a token in it; give it text.")
         token_rows = torch.from_numpy(np.stack(kept))
         token_bytes = torch.tensor(tokenizer.token_bytes())
-        targets = token_rows[:, 1:]
-        num_bytes = int(token_bytes[targets[targets != IGNORE_INDEX]].sum())
+        num_bytes = _count_bytes(token_rows, token_bytes)
         return cls(token_rows, rows, tokenizer.bos_token_id, token_bytes, num_bytes)
 
     @property
     def hash(self) -> str:
         """SHA-256 hex digest of the token rows and their shape; the batch size does not enter."""
-        array = self.token_rows.numpy()
-        digest = hashlib.sha256(repr(array.shape).encode())
-        digest.update(array.astype("<i4", copy=False).tobytes())
-        return digest.hexdigest()
+        return _hash_rows(self.token_rows)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Freeze the set as one safetensors file, complete or not at all: rows, bytes of each token, and `hash`.
+
+        A run that loads it measures on the same tokens for good, whatever becomes of files and tokenizer.
+        """
+        from safetensors.torch import save
+
+        tensors = {"token_rows": self.token_rows.contiguous(), "token_bytes": self.token_bytes.contiguous()}
+        metadata = {
+            "format": _FORMAT,
+            "hash": self.hash,
+            "token_bytes_hash": _digest(self.token_bytes),
+            "batch_rows": str(self.batch_rows),
+            "bos_token_id": str(self.bos_token_id),
+        }
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+        try:
+            with temporary.open("wb") as file:
+                file.write(save(tensors, metadata))
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, target)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], *, rows: int | None = None) -> "ValidationSet":
+        """Read a set that `save` wrote, checking that its tokens have the hash they were saved with.
+
+        Args:
+            path: The file.
+            rows: Rows in a batch; None is as many as when it was saved. It does not enter the hash.
+
+        Raises:
+            ConfigError: If `rows` is not positive.
+            DataError: If there is no such file, it is no validation set, or it is damaged.
+
+        Example:
+            ```python
+            from tinygpt.data import ValidationSet, embedded_corpus
+            from tinygpt.tokenizer import ByteTokenizer
+
+            source = embedded_corpus("validation")
+            ValidationSet.from_source(source, ByteTokenizer(), rows=8, seq_len=256).save("validation.safetensors")
+            validation = ValidationSet.load("validation.safetensors")
+            ```
+        """
+        from safetensors import SafetensorError, safe_open
+
+        if rows is not None and rows < 1:
+            raise ConfigError(f"rows={rows} is not positive; choose 1 or more.")
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+        except OSError as error:
+            raise DataError(f"no validation set can be read from {os.fspath(path)}: {error}.") from None
+        except SafetensorError as error:
+            raise DataError(f"{os.fspath(path)} is damaged or no validation set: {error}; save it again.") from None
+        if metadata.get("format") != _FORMAT or set(tensors) != {"token_rows", "token_bytes"}:
+            raise DataError(f"{os.fspath(path)} is no validation set of this version; save it again.")
+        token_rows, token_bytes = tensors["token_rows"], tensors["token_bytes"]
+        found = {"hash": _hash_rows(token_rows), "token_bytes_hash": _digest(token_bytes)}
+        if any(metadata.get(name) != digest for name, digest in found.items()):
+            raise DataError(
+                f"{os.fspath(path)} is damaged: its tokens have the hash {found['hash'][:12]} and it was saved with "
+                f"{metadata.get('hash', 'none')[:12]}; copy it again."
+            )
+        batch_rows = int(metadata["batch_rows"]) if rows is None else rows
+        num_bytes = _count_bytes(token_rows, token_bytes)
+        return cls(token_rows, batch_rows, int(metadata["bos_token_id"]), token_bytes, num_bytes)
 
     @property
     def num_tokens(self) -> int:
@@ -108,3 +182,20 @@ class ValidationSet:
         for start in range(0, len(self.token_rows), self.batch_rows):
             rows = self.token_rows[start : start + self.batch_rows]
             yield Batch.from_rows(rows, bos_token_id=self.bos_token_id)
+
+
+def _count_bytes(token_rows: Tensor, token_bytes: Tensor) -> int:
+    """Return the UTF-8 bytes of all targets."""
+    targets = token_rows[:, 1:]
+    return int(token_bytes[targets[targets != IGNORE_INDEX]].sum())
+
+
+def _hash_rows(token_rows: Tensor) -> str:
+    array = token_rows.numpy()
+    digest = hashlib.sha256(repr(array.shape).encode())
+    digest.update(array.astype("<i4", copy=False).tobytes())
+    return digest.hexdigest()
+
+
+def _digest(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.numpy().astype("<i8", copy=False).tobytes()).hexdigest()

@@ -1,6 +1,7 @@
 """Bits per byte: loss that can be compared across tokenizers."""
 
 import math
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -29,6 +30,29 @@ class BpbReport:
     num_tokens: int
     num_bytes: int
     data_hash: str
+
+    def compare(self, other: "BpbReport") -> float:
+        """Return how many bits per byte `other` needs more than this; below 0 where it is better.
+
+        Warns when the two were measured on different validation sets: the difference then says more about the texts
+        than about the models.
+
+        Example:
+            ```python
+            from tinygpt.evals import BpbReport
+
+            before = BpbReport(bpb=1.02, loss=2.9, num_tokens=1000, num_bytes=4100, data_hash="5f1c")
+            after = BpbReport(bpb=0.98, loss=2.8, num_tokens=1000, num_bytes=4100, data_hash="5f1c")
+            before.compare(after)  # -0.04
+            ```
+        """
+        if self.data_hash != other.data_hash:
+            warnings.warn(
+                f"bits per byte of different validation sets are compared: {self.data_hash[:12]} and "
+                f"{other.data_hash[:12]}; measure both models on one set.",
+                stacklevel=2,
+            )
+        return other.bpb - self.bpb
 
     def __str__(self) -> str:
         return f"{self.bpb:.4f} bits per byte on {self.num_bytes:,} bytes ({self.data_hash[:8]})"

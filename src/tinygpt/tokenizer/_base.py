@@ -1,8 +1,8 @@
 """What every tokenizer can do, and the special tokens that all of ours share."""
 
 import os
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Protocol
 
 from tinygpt.errors import DataError
 
@@ -69,6 +69,25 @@ class Tokenizer(Protocol):
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the tokenizer's files into a folder, which may already hold other files."""
+
+
+class TextSource(Protocol):
+    """Something to read texts from: every document source of `tinygpt.data` is one."""
+
+    def read(self) -> Iterator[tuple[str, Any]]:
+        """Yield each text, and something else that is passed over."""
+
+
+def read_texts(texts: Iterable[str] | TextSource) -> Iterator[str]:
+    """Yield texts of an iterable or a source.
+
+    Raises:
+        DataError: If `texts` is a single string.
+    """
+    if isinstance(texts, str):
+        raise DataError("texts is one str and would be read letter by letter; give a list of texts: [text].")
+    # A file can be iterated and has a `read` of its own, so iterables come first.
+    yield from texts if isinstance(texts, Iterable) else (text for text, _ in texts.read())
 
 
 def utf8(text: str) -> bytes:

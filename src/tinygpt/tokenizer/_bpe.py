@@ -4,6 +4,9 @@ import hashlib
 import os
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+import numpy.typing as npt
+
 from tinygpt.errors import DataError
 from tinygpt.tokenizer._base import BOS_TOKEN, CHAT_TOKENS, refuse_ids, utf8
 from tinygpt.tokenizer._files import format_ranks, write_tokenizer
@@ -98,6 +101,15 @@ class BPETokenizer:
         """
         utf8(text)  # tiktoken would put U+FFFD in its place
         return self._encoding.encode_ordinary(text)
+
+    def encode_array(self, text: str) -> npt.NDArray[np.uint32]:
+        """Return `encode` as an array, `(tokens,)` uint32, in half the time and without holding Python's lock.
+
+        Raises:
+            DataError: If the text holds a surrogate, which has no UTF-8 form.
+        """
+        utf8(text)
+        return self._encoding.encode_to_numpy(text, disallowed_special=())
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Return `encode` of every text, on as many threads as there are cores, at most 8."""

@@ -4,6 +4,9 @@ import hashlib
 import os
 from collections.abc import Sequence
 
+import numpy as np
+import numpy.typing as npt
+
 from tinygpt.tokenizer._base import BOS_TOKEN, refuse_ids, utf8
 from tinygpt.tokenizer._files import write_tokenizer
 
@@ -51,6 +54,14 @@ class ByteTokenizer:
             DataError: If the text holds a surrogate, which has no UTF-8 form.
         """
         return list(utf8(text))
+
+    def encode_array(self, text: str) -> npt.NDArray[np.uint32]:
+        """Return `encode` as an array, `(tokens,)` uint32.
+
+        Raises:
+            DataError: If the text holds a surrogate, which has no UTF-8 form.
+        """
+        return np.frombuffer(utf8(text), dtype=np.uint8).astype(np.uint32)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Return `encode` of every text."""

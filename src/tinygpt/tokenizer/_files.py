@@ -15,7 +15,8 @@ CONFIG_FILE = "tokenizer_config.json"
 RANKS_FILE = "tokenizer.tiktoken"
 
 # The largest vocabularies in use (200 k entries) need 4 MB of ranks; a file far beyond that is not a tokenizer.
-_MAX_BYTES = {CONFIG_FILE: 1 << 20, RANKS_FILE: 64 << 20}
+MAX_RANKS_BYTES = 64 << 20
+_MAX_BYTES = {CONFIG_FILE: 1 << 20, RANKS_FILE: MAX_RANKS_BYTES}
 
 
 class TokenizerConfig(Config):
@@ -74,19 +75,26 @@ def parse_ranks(text: bytes, path: Path) -> dict[bytes, int]:
 
 
 def read_file(path: Path) -> bytes:
-    """Return a tokenizer file's bytes.
+    """Return the bytes of one of the files that `write_tokenizer` writes.
 
     Raises:
         DataError: If it cannot be read or is larger than such a file can be.
     """
-    limit = _MAX_BYTES[path.name]
+    return read_limited(path, _MAX_BYTES[path.name], "give the folder that a tokenizer's save() wrote")
+
+
+def read_limited(path: Path, limit: int, hint: str) -> bytes:
+    """Return the bytes of a tokenizer file.
+
+    Raises:
+        DataError: If it cannot be read or is larger than `limit` bytes.
+    """
     try:
         with path.open("rb") as file:
             content = file.read(limit + 1)
     except OSError as error:
         raise DataError(
-            f"no tokenizer can be read from {path.parent}: {path.name}: {error.strerror}; "
-            "give the folder that a tokenizer's save() wrote."
+            f"no tokenizer can be read from {path.parent}: {path.name}: {error.strerror}; {hint}."
         ) from None
     if len(content) > limit:
         raise DataError(f"{path} is larger than {limit:,} bytes and cannot be a tokenizer file.")

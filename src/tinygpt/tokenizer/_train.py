@@ -1,24 +1,31 @@
 """Training a byte-pair encoding."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from tinygpt.errors import ConfigError, DataError, MissingDependencyError
-from tinygpt.tokenizer._base import BOS_TOKEN, CHAT_TOKENS, utf8
+from tinygpt.tokenizer._base import BOS_TOKEN, CHAT_TOKENS, TextSource, read_texts, utf8
 from tinygpt.tokenizer._bpe import SPLIT_PATTERN, BPETokenizer
+from tinygpt.tokenizer._progress import training_bar
 
 
 def train_bpe(
-    texts: Iterable[str], *, vocab_size: int, pattern: str = SPLIT_PATTERN, max_characters: int | None = None
+    texts: Iterable[str] | TextSource,
+    *,
+    vocab_size: int,
+    pattern: str = SPLIT_PATTERN,
+    max_characters: int | None = None,
+    progress: bool = False,
 ) -> BPETokenizer:
     """Learn a byte-pair encoding from texts, with rustbpe.
 
     The same texts give the same tokenizer, whatever the number of threads.
 
     Args:
-        texts: Documents; read once, so a generator over a large corpus is fine.
+        texts: Documents, or a document source; read once, so a generator over a large corpus is fine.
         vocab_size: Number of token ids wanted, the 256 bytes and 9 special tokens included.
         pattern: Regular expression that cuts text before merging; merges never cross a cut.
         max_characters: Stop reading after the document in which this many are reached; `None` reads all.
+        progress: Whether to show on standard error how much text was read, and when merging starts.
 
     Returns:
         A tokenizer with exactly `vocab_size` ids.
@@ -37,16 +44,13 @@ def train_bpe(
         from tinygpt.data import embedded_corpus
         from tinygpt.tokenizer import train_bpe
 
-        texts = (text for text, _ in embedded_corpus("train").read())
-        tokenizer = train_bpe(texts, vocab_size=4096)
+        tokenizer = train_bpe(embedded_corpus("train"), vocab_size=4096)
         ```
     """
     try:
         import rustbpe
     except ImportError:
         raise MissingDependencyError('training a tokenizer needs rustbpe: pip install "tinygpt[tokenizer]".') from None
-    if isinstance(texts, str):
-        raise DataError("texts is one str and would be read letter by letter; give a list of texts: [text].")
     special_tokens = (BOS_TOKEN, *CHAT_TOKENS)
     smallest = 256 + len(special_tokens)
     if vocab_size < smallest:
@@ -57,9 +61,9 @@ def train_bpe(
     # Building the tokenizer with no merges checks the pattern before the long part.
     BPETokenizer({bytes([byte]): byte for byte in range(256)}, pattern=pattern, special_tokens=special_tokens)
     trainer = rustbpe.Tokenizer()
-    trainer.train_from_iterator(
-        _checked(texts, max_characters), vocab_size=vocab_size - len(special_tokens), pattern=pattern
-    )
+    with training_bar(total=max_characters, enabled=progress) as show:
+        read = _checked(read_texts(texts), max_characters, show)
+        trainer.train_from_iterator(read, vocab_size=vocab_size - len(special_tokens), pattern=pattern)
     ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
     reached = len(ranks) + len(special_tokens)
     if reached < vocab_size:
@@ -70,12 +74,14 @@ def train_bpe(
     return BPETokenizer(ranks, pattern=pattern, special_tokens=special_tokens)
 
 
-def _checked(texts: Iterable[str], max_characters: int | None) -> Iterator[str]:
+def _checked(texts: Iterator[str], max_characters: int | None, show: Callable[[int | str], None]) -> Iterator[str]:
     """Pass texts on up to the limit, refusing what is not a string with a UTF-8 form."""
     characters = 0
     for text in texts:
         utf8(text)
         yield text
         characters += len(text)
+        show(len(text))
         if max_characters is not None and characters >= max_characters:
-            return
+            break
+    show("merging")  # in rustbpe, which does not say how far it is
