@@ -5,6 +5,9 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.tinygpt-installed
 export NO_MKDOCS_2_WARNING := 1
+# torch's threads on Linux wait for each other by spinning. On a machine that does something else as well the default made
+# the demo up to ten times slower; this costs nothing on an idle one.
+export GOMP_SPINCOUNT ?= 1000
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test check docs bench format
