@@ -63,7 +63,7 @@ class Scale:
 SCALES = {
     "full": Scale(GPTConfig.from_depth(12), 8, 65_536, 10_000, 87_000, 40, 400, lr_factor(65_536), "crop",
                   interval=1_000, validation_tokens=524_288, sample_tokens=128),
-    "demo": Scale(GPTConfig.from_depth(4, head_dim=64, vocab_size=2_048, max_seq_len=256), 8, 2_048, 50, 300, 10, 60,
+    "demo": Scale(GPTConfig.from_depth(4, head_dim=64, vocab_size=2_048, max_seq_len=256), 8, 2_048, 50, 250, 10, 60,
                   0.5, "carry", interval=50, validation_tokens=None, sample_tokens=80),
     "smoke": Scale(GPTConfig.from_depth(2, head_dim=32, width_per_layer=32, vocab_size=512, max_seq_len=64), 4, 512,
                    4, 12, 2, 4, 0.5, "carry", interval=4, validation_tokens=4_096, sample_tokens=16),
