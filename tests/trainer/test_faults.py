@@ -400,3 +400,9 @@ def test_training_in_a_thread_leaves_signals_alone() -> None:
     thread.start()
     thread.join()
     assert len(losses) == 2
+
+
+def test_a_tokenizer_with_more_ids_than_the_model_is_refused() -> None:
+    small = GPT.from_config(GPTConfig.from_depth(1, head_dim=16, width_per_layer=16, vocab_size=200, max_seq_len=16))
+    with pytest.raises(ConfigError, match="the tokenizer has 257 ids, more than the model's vocab_size=200"):
+        make_trainer(model=small)

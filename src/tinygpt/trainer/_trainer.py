@@ -89,6 +89,13 @@ class Trainer:
         self.config = config
         self.loss_fn = loss_fn
         self.tokenizer = tokenizer or getattr(loader, "tokenizer", None)
+        vocab_size = getattr(getattr(model, "config", None), "vocab_size", None)
+        if vocab_size is not None and self.tokenizer is not None and self.tokenizer.vocab_size > vocab_size:
+            # A GPU would stop in a device assertion that names neither.
+            raise ConfigError(
+                f"the tokenizer has {self.tokenizer.vocab_size} ids, more than the model's vocab_size={vocab_size}: "
+                "build the model with vocab_size=tokenizer.vocab_size."
+            )
         self.on_save = on_save
         self.device = next(model.parameters()).device
         self.next_step = 0
