@@ -109,7 +109,7 @@ def test_every_flipped_bit_and_every_truncation_is_found(tmp_path: Path) -> None
     ("document", "message"),
     [
         ("[]", "not a JSON object"),
-        ("{", "missing or damaged"),
+        ("{", r"manifest\.json is damaged"),
         ('{"format_version": 2, "files": {}}', "format version 2"),
         ('{"format_version": 1, "files": {}}', "it lists no files"),
     ],

@@ -140,3 +140,11 @@ def test_equal_logits_keep_exactly_k_tokens_and_tensors_are_prompts_too(model: G
     assert len(set(tokens.tolist())) == 2
     prompt = torch.tensor([256, 72])
     assert generate(model, prompt, max_new_tokens=3, seed=0) == generate(model, [256, 72], max_new_tokens=3, seed=0)
+
+
+def test_text_as_token_ids_and_a_larger_tokenizer_are_refused(model: GPT) -> None:
+    with pytest.raises(ConfigError, match="use stream_text"):
+        generate(model, "hello", max_new_tokens=2)  # type: ignore[arg-type]
+    small = GPT.from_config(GPTConfig.from_depth(1, head_dim=16, width_per_layer=16, vocab_size=99, max_seq_len=8))
+    with pytest.raises(ConfigError, match="the tokenizer has 257 ids, more than the model's vocab_size=99"):
+        stream_text(small, ByteTokenizer(), "a", max_new_tokens=1)

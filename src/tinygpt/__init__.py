@@ -28,5 +28,8 @@ else:
             raise AttributeError(f"module 'tinygpt' has no attribute {name!r}") from None
         return getattr(found, name) if name in homes else found
 
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})
+
 
 __all__ = ["GPT", "GPTConfig", "Trainer", "TrainerConfig", "__version__"]

@@ -140,6 +140,8 @@ def verify(folder: str | Path) -> set[str]:
     folder = Path(folder)
     if not folder.is_dir():
         raise CheckpointError(f"there is no checkpoint folder {folder}.")
+    if (folder / "checkpoints").is_dir():
+        raise CheckpointError(f"{folder} is a run; its checkpoints are the folders in {folder / 'checkpoints'}.")
     names = check_manifest(folder)
     if missing := {STATE_FILE, TENSOR_FILE, OPTIMIZER_FILE} - names:
         raise CheckpointError(f"{folder} is not a whole checkpoint: its manifest lacks {', '.join(sorted(missing))}.")

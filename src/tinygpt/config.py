@@ -1,5 +1,6 @@
 """The base class of everything that is written to disk as settings."""
 
+import difflib
 import json
 from typing import Any, Self
 
@@ -20,7 +21,10 @@ class Config(BaseModel):
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
 
-    def __init__(self, **fields: Any) -> None:
+    def __init__(self, *positional: Any, **fields: Any) -> None:
+        if positional:
+            first = next(iter(type(self).model_fields))
+            raise ConfigError(f"name the fields of {type(self).__name__}, for example {first}={positional[0]!r}.")
         try:
             super().__init__(**fields)
         except ValidationError as error:
@@ -57,8 +61,9 @@ def _readable(config: type[Config], error: ValidationError) -> str:
         field = ".".join(str(part) for part in item["loc"])
         given = item["input"]
         if item["type"] == "extra_forbidden":
-            known = ", ".join(config.model_fields)
-            lines.append(f"{config.__name__} has no field {field!r}; its fields are {known}.")
+            near = difflib.get_close_matches(field, config.model_fields, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"its fields are {', '.join(config.model_fields)}."
+            lines.append(f"{config.__name__} has no field {field!r}; {hint}")
         elif item["type"] == "missing":
             lines.append(f"{config.__name__} needs {field}.")
         elif item["type"] == "value_error":

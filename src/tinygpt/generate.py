@@ -99,6 +99,8 @@ def stream_tokens(
             range.
         NonFiniteError: If the model gives logits that are not finite.
     """
+    if isinstance(token_ids, str):
+        raise ConfigError("the prompt is text; give token ids, or use stream_text(model, tokenizer, prompt).")
     token_ids = [int(token) for token in token_ids]
     if not token_ids:
         raise ConfigError("the prompt is empty: give at least one token, usually the tokenizer's bos_token_id.")
@@ -221,6 +223,11 @@ def stream_text(
     Raises:
         ConfigError: As in `stream_tokens`.
     """
+    if model.config is not None and tokenizer.vocab_size > model.config.vocab_size:
+        raise ConfigError(
+            f"the tokenizer has {tokenizer.vocab_size} ids, more than the model's vocab_size="
+            f"{model.config.vocab_size}: use the tokenizer the model was trained with."
+        )
     tokens = stream_tokens(
         model,
         [tokenizer.bos_token_id, *tokenizer.encode(prompt)],

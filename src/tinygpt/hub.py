@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from tinygpt.errors import ConfigError, HubError
 
-__all__ = ["resolve", "upload_folder"]
+__all__ = ["check_repo_id", "resolve", "upload_folder"]
 
 _Result = TypeVar("_Result")
 
@@ -94,6 +94,12 @@ def resolve(
     return Path(_with_retries(download, task, 0 if local_files_only else retries))
 
 
+def check_repo_id(repo_id: str) -> None:
+    """Raise `HubError` unless this is the name of a repository, `user/repo`."""
+    if not _REPO_ID.fullmatch(repo_id):
+        raise HubError(f"{repo_id!r} is not a Hub name; give 'user/repo', in letters, digits, '-', '_' and '.'.")
+
+
 def upload_folder(
     folder: str | Path,
     repo_id: str,
@@ -133,8 +139,7 @@ def upload_folder(
     source = Path(folder).expanduser()
     if not str(folder) or not source.is_dir():  # an empty setting must not publish the working directory
         raise HubError(f"{str(folder)!r} is not an existing folder; save the model first, then upload its folder.")
-    if not _REPO_ID.fullmatch(repo_id):
-        raise HubError(f"{repo_id!r} is not a Hub name; give 'user/repo', in letters, digits, '-', '_' and '.'.")
+    check_repo_id(repo_id)
 
     from huggingface_hub import HfApi
 

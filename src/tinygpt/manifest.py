@@ -66,8 +66,10 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing.") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is missing or damaged: {error}.") from None
+        raise CheckpointError(f"{path} is damaged: {error}.") from None
     if not isinstance(document, dict):
         raise CheckpointError(f"{path} is damaged: it is not a JSON object.")
     return document

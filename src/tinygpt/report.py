@@ -15,7 +15,8 @@ def plot_run(
     """Draw loss, validation bits per byte, learning rate and weight decay against steps.
 
     Args:
-        metrics_file: The `metrics.jsonl` of a run; evaluations are its lines with event `"evaluation"` and a `bpb`.
+        metrics_file: The `metrics.jsonl` of a run, or its folder; evaluations are its lines with event `"evaluation"`
+            and a `bpb`.
         picture: Where to write; the suffix decides the format, `.png` or `.svg` for example.
         title: Text above.
         unigram_bpb: Draw this baseline into the panel of bits per byte.
@@ -31,6 +32,11 @@ def plot_run(
         from matplotlib.figure import Figure
     except ImportError:
         raise MissingDependencyError('drawing needs matplotlib: pip install "tinygpt[plot]".') from None
+    metrics_file = Path(metrics_file)
+    if metrics_file.is_dir():
+        metrics_file = metrics_file / "metrics.jsonl"
+    if not metrics_file.exists():
+        raise DataError(f"there is no {metrics_file}.")
     records = read_metrics(metrics_file)
     steps = [record for record in records if record.get("event") == "step"]
     if not steps:

@@ -17,6 +17,7 @@ from tinygpt import GPT, GPTConfig, Trainer, TrainerConfig
 from tinygpt.checkpoint import claim_run_folder, latest_checkpoint, list_checkpoints, load_state, remove_old_checkpoints
 from tinygpt.data import Batch, BatchLoader, TextDocuments
 from tinygpt.errors import CheckpointError, ConfigError, DataError, NonFiniteError
+from tinygpt.layers import GeluMLP
 from tinygpt.losses import LossSum, next_token_loss
 from tinygpt.metrics import StepMetrics, read_metrics
 from tinygpt.optim import MuonAdamW
@@ -160,7 +161,7 @@ def test_ruined_weights_are_never_saved(tmp_path: Path) -> None:
 
 def test_an_optimizer_of_another_model_is_refused() -> None:
     other = make_model()
-    with pytest.raises(ConfigError, match="holds no parameter of this model"):
+    with pytest.raises(ConfigError, match="holds parameters that are not this model's"):
         make_trainer(optimizer=lambda model: torch.optim.SGD(other.parameters()))
 
 
@@ -191,7 +192,7 @@ def test_rates_held_as_tensors_are_compared_too(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"batch_tokens": 64}, r"batch_tokens +None +64"),
+        ({"batch_tokens": 64}, r"tokens of a step +32 +64"),
         ({"optimizer": lambda m: MuonAdamW.for_model(m, betas=(0.99, 0.95))}, r"betas\[0\] \(adamw .*0\.9 +0\.99"),
         ({"optimizer": lambda m: MuonAdamW.for_model(m, momentum=0.8)}, r"momentum \(muon .*0\.95 +0\.8"),
     ],
@@ -220,7 +221,7 @@ def test_a_load_that_fails_leaves_the_trainer_as_it_was(tmp_path: Path) -> None:
 
     trainer = make_trainer(tmp_path, optimizer=two_groups)
     before = trainer.loader.state_dict()["cursor"], next(trainer.model.parameters()).clone()
-    with pytest.raises(CheckpointError, match="does not fit this run"):
+    with pytest.raises(CheckpointError, match="was saved with MuonAdamW, and this run has AdamW"):
         trainer.resume(accept=["schedule"])
     assert trainer.next_step == 0
     assert trainer.loader.state_dict()["cursor"] == before[0]
@@ -406,3 +407,85 @@ def test_a_tokenizer_with_more_ids_than_the_model_is_refused() -> None:
     small = GPT.from_config(GPTConfig.from_depth(1, head_dim=16, width_per_layer=16, vocab_size=200, max_seq_len=16))
     with pytest.raises(ConfigError, match="the tokenizer has 257 ids, more than the model's vocab_size=200"):
         make_trainer(model=small)
+
+
+def test_surgery_after_making_the_optimizer_is_refused_and_parts_left_out_are_logged(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = make_model()
+    optimizer = MuonAdamW.for_model(model)
+    model.blocks[0].mlp = nn.Linear(32, 32)
+    with pytest.raises(ConfigError, match="after every part was put into place"):
+        Trainer(model, optimizer, make_loader(), TrainerConfig(num_steps=1))
+    make_trainer(optimizer=lambda model: torch.optim.SGD(model.head.parameters()))
+    assert "are in no optimizer group and stay as they are: embedding.weight" in caplog.text
+
+
+def test_arguments_in_the_wrong_place_are_named() -> None:
+    model, loader, config = make_model(), make_loader(), TrainerConfig(num_steps=1)
+    optimizer: Any = MuonAdamW.for_model(model)
+    wrong: list[tuple[tuple[Any, ...], str]] = [
+        ((model, loader, optimizer, config), "optimizer is a BatchLoader, not a Optimizer"),
+        ((model, optimizer, loader, {"num_steps": 1}), "config is a dict, not a TrainerConfig"),
+        ((model, optimizer, 3, config), "loader is a int; give a BatchLoader"),
+    ]
+    for arguments, message in wrong:
+        with pytest.raises(ConfigError, match=message):
+            Trainer(*arguments)
+    with pytest.raises(ConfigError, match=r"rows have seq_len=32, more than the model's max_seq_len=16"):
+        make_trainer(loader=BatchLoader(TextDocuments(TEXTS), ByteTokenizer(), rows=2, seq_len=32))
+    with pytest.raises(DataError, match="the loader gave a list; it must give Batch"):
+        next(iter(make_trainer(loader=[[1, 2]])))
+    with pytest.raises(ConfigError, match=r"loss_fn returned a Tensor; return LossSum\(sum, count\)"):
+        next(iter(make_trainer(loss_fn=lambda model, batch: next_token_loss(model, batch).total)))
+    with pytest.raises(ConfigError, match=r"name the fields of TrainerConfig, for example num_steps=10"):
+        TrainerConfig(10)
+    with pytest.raises(ConfigError, match="has no field 'num_step'; did you mean num_steps"):
+        TrainerConfig(num_step=10)
+
+
+def test_resume_needs_an_out_dir_and_takes_one_topic_as_a_string(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="there is none"):
+        make_trainer().resume()
+    list(make_trainer(tmp_path, num_steps=4))
+    assert make_trainer(tmp_path).resume(accept="schedule") is not None
+    with pytest.raises(CheckpointError, match="is a run; its checkpoints are the folders in"):
+        make_trainer(tmp_path / "other").load_state(tmp_path)
+
+
+def test_other_parts_of_equal_shape_are_not_resumed_or_loaded_unseen(tmp_path: Path) -> None:
+    def model(**parts: Any) -> GPT:
+        torch.manual_seed(0)
+        return GPT.from_config(make_model().config, **parts)
+
+    def gelu(config: GPTConfig, layer: int) -> nn.Module:
+        return GeluMLP(config.dim, 4 * config.dim)
+
+    list(make_trainer(tmp_path, num_steps=4, model=model(mlp=gelu)))
+    with pytest.raises(CheckpointError, match=r"(?s)model block 0.*accept=\['model'\]"):
+        make_trainer(tmp_path, model=model()).resume()
+    folder = tmp_path / "checkpoints" / "step-000004"
+    with pytest.raises(CheckpointError, match="needs the same parts to load"):
+        GPT.from_pretrained(folder)
+    assert isinstance(GPT.from_pretrained(folder, mlp=gelu).blocks[0].mlp, GeluMLP)
+
+
+def test_one_micro_batch_or_several_of_the_same_step_are_the_same_batch(tmp_path: Path) -> None:
+    list(make_trainer(tmp_path, num_steps=4, batch_tokens=64))
+    whole = BatchLoader(TextDocuments(TEXTS), ByteTokenizer(), rows=4, seq_len=16, buffer_documents=8)
+    changes = make_trainer(tmp_path, loader=whole).resume()
+    assert changes is not None
+    assert [change.name for change in changes] == ["num_steps"]
+
+
+def test_a_prompt_is_given_back_after_ctrl_c(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
+    trainer = make_trainer(tmp_path)
+
+    def train() -> None:
+        for _ in trainer:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        train()
+    assert next(iter(trainer)).index == 1

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Iterator
 from dataclasses import replace
@@ -19,6 +20,11 @@ from tinygpt.data._shards import TokenShards
 from tinygpt.data._state import read_state, write_state
 from tinygpt.errors import ConfigError, DataError
 from tinygpt.tokenizer import Tokenizer
+
+logger = logging.getLogger("tinygpt")
+
+# The documented run cropped 35 % of its tokens; this much means that documents and rows do not fit each other.
+_MUCH_CROPPED = 0.75
 
 
 class BatchLoader:
@@ -87,6 +93,16 @@ class BatchLoader:
         prefetch: int = 2,
         pin_memory: bool | None = None,
     ) -> None:
+        if not (hasattr(source, "read") and hasattr(source, "fingerprint")):
+            raise ConfigError(
+                f"source is a {type(source).__name__}; open a file or folder with open_source(path), "
+                "wrap a list of texts in TextDocuments(texts)."
+            )
+        if tokenizer is not None and (isinstance(tokenizer, type) or not hasattr(tokenizer, "bos_token_id")):
+            name = tokenizer.__name__ if isinstance(tokenizer, type) else type(tokenizer).__name__
+            raise ConfigError(
+                f"tokenizer is {name}; give a tokenizer such as ByteTokenizer() or load_tokenizer(folder)."
+            )
         workers = min(8, os.cpu_count() or 1) if num_workers is None else num_workers
         positive = {"rows": rows, "seq_len": seq_len, "shuffle_documents": shuffle_documents, "world_size": world_size}
         for name, value in positive.items():
@@ -130,6 +146,17 @@ class BatchLoader:
         )
         self._mark = self._stream.mark()
         self._batches: Ahead[tuple[Batch, Mark]] | None = None
+        self._told = False
+
+    @property
+    def rows(self) -> int:
+        """Rows in a batch of this process."""
+        return int(self._dealing["rows"])
+
+    @property
+    def seq_len(self) -> int:
+        """Positions in a row."""
+        return int(str(self._settings["seq_len"]))
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -162,6 +189,15 @@ class BatchLoader:
         except BaseException:
             self._rewind(self._mark)
             raise
+        if self._mark.epoch and not self._told and self._mark.packer.counts.cropped_fraction > _MUCH_CROPPED:
+            self._told = True
+            share = self._mark.packer.counts.cropped_fraction
+            logger.warning(
+                "%.0f %% of the tokens read were cropped: documents are longer than a row of %d. Keep them with "
+                "overflow='carry', or cut documents smaller, by TextFiles(..., separator=...) for example.",
+                100 * share,
+                self.seq_len,
+            )
         return batch
 
     def close(self) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -19,13 +20,24 @@ _FORMAT_VERSION = 1
 _DTYPES = ("F32", "BF16", "F16", "F64")
 
 
-def write_model(folder: Path, config: GPTConfig, weights: dict[str, Tensor]) -> None:
-    """Write both files; an existing one is replaced only when the new one is whole."""
+def write_model(folder: Path, config: GPTConfig, blocks: list[str], weights: dict[str, Tensor]) -> None:
+    """Write both files; an existing one is replaced only when the new one is whole.
+
+    Raises:
+        CheckpointError: If they cannot be written.
+    """
+    try:
+        _write_model(folder, config, blocks, weights)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"the model could not be written into {folder}: {error}.") from error
+
+
+def _write_model(folder: Path, config: GPTConfig, blocks: list[str], weights: dict[str, Tensor]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f".{WEIGHTS_FILE}.tmp"
     save_file(independent_tensors(weights), temporary, {"format": "pt"})
     temporary.replace(folder / WEIGHTS_FILE)
-    fields = {"model_type": "tinygpt", "format_version": _FORMAT_VERSION, **config.model_dump()}
+    fields = {"model_type": "tinygpt", "format_version": _FORMAT_VERSION, **config.model_dump(), "blocks": blocks}
     temporary = folder / f".{CONFIG_FILE}.tmp"
     temporary.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
     temporary.replace(folder / CONFIG_FILE)
@@ -50,11 +62,14 @@ def read_config(folder: Path) -> GPTConfig:
         CheckpointError: If it is missing or not a tinygpt config of a known version.
     """
     path = folder / CONFIG_FILE
+    if not path.exists() and (folder / "checkpoints").is_dir():
+        raise CheckpointError(f"{folder} is a run, not a model; load one of the folders in {folder / 'checkpoints'}.")
     if (folder / MANIFEST_FILE).exists():
         check_manifest(folder, only=(CONFIG_FILE, WEIGHTS_FILE))
     fields = read_json(path)
     if fields.pop("model_type", None) != "tinygpt":
         raise CheckpointError(f'{path} is not the config of a tinygpt model (no "model_type": "tinygpt").')
+    fields.pop("blocks", None)
     version = fields.pop("format_version", None)
     if version != _FORMAT_VERSION:
         raise CheckpointError(f"{path} has format version {version}; this tinygpt reads version {_FORMAT_VERSION}.")
@@ -62,6 +77,31 @@ def read_config(folder: Path) -> GPTConfig:
         return GPTConfig(**fields)
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from None
+
+
+def describe_blocks(blocks: Iterable[nn.Module]) -> list[str]:
+    """Return the classes of each block and its parts, such as `Block(attention=CausalSelfAttention, mlp=SwiGLU)`."""
+    described = []
+    for wrapped in blocks:
+        block = getattr(wrapped, "_orig_mod", wrapped)
+        parts = ", ".join(f"{name}={type(part).__name__}" for name, part in block.named_children())
+        described.append(f"{type(block).__name__}({parts})")
+    return described
+
+
+def check_blocks(folder: Path, blocks: list[str]) -> None:
+    """Compare the classes of a model's blocks with those that were saved: weights of equal shape would not tell.
+
+    Raises:
+        CheckpointError: If a block was saved with other parts.
+    """
+    saved = read_json(folder / CONFIG_FILE).get("blocks", blocks)
+    for layer, (was, now) in enumerate(zip(saved, blocks, strict=False)):
+        if was != now:
+            raise CheckpointError(
+                f"{folder} was saved with block {layer} = {was}, and this model has {now}. "
+                "A model built with parts of your own needs the same parts to load: from_pretrained(..., mlp=...)."
+            )
 
 
 def load_weights(model: nn.Module, path: Path, device: torch.device | str, dtype: torch.dtype | None) -> None:

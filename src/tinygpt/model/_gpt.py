@@ -7,21 +7,30 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from tinygpt import hub
 from tinygpt.errors import CheckpointError, ConfigError
 from tinygpt.layers import Backout, KVCache, LayerCache, LMHead, RMSNorm, Smear, TokenEmbedding
 from tinygpt.model._config import GPTConfig
 from tinygpt.model._counts import ParameterCounts
-from tinygpt.model._files import CONFIG_FILE, WEIGHTS_FILE, load_weights, read_config, write_model
+from tinygpt.model._files import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    check_blocks,
+    describe_blocks,
+    load_weights,
+    read_config,
+    write_model,
+)
+from tinygpt.model._losses import IGNORED, plain_token_losses
 from tinygpt.model._parts import PartFactory, StandardAttention, standard_block, standard_mlp
-
-IGNORED = -1  # the target that counts for nothing, as LMHead and tinygpt.data have it
 
 
 class GPT(nn.Module):
-    """Embedding, blocks and head in a row. Give the parts yourself, or take `GPT.from_config`.
+    """Embedding, blocks and head in a row.
+
+    `GPT.from_config(config)` builds a standard one, `GPT(embedding=..., blocks=..., head=...)` one of your own.
+    `tinygpt.generate` writes text with it, `tinygpt.Trainer` trains it.
 
     Args:
         embedding: `(batch, seq)` token ids -> `(batch, seq, dim)`.
@@ -104,6 +113,8 @@ class GPT(nn.Module):
             model = GPT.from_config(config, mlp=lambda config, layer: SwiGLU(config.dim, 2 * config.dim))
             ```
         """
+        if not isinstance(config, GPTConfig):
+            raise ConfigError(f"from_config needs a GPTConfig, not {config!r}; try GPTConfig.from_depth(12).")
         if block is not None and (mlp is not None or attention is not None):
             raise ConfigError("give either block, which builds the whole block, or mlp and attention, not both.")
         # Parts are made in the order in which init_weights visits them, so both draw the same weights from one seed.
@@ -192,7 +203,7 @@ class GPT(nn.Module):
         x = self.hidden_states(token_ids)
         if isinstance(own_loss := getattr(self.head, "loss", None), MethodType):
             return own_loss(x, targets)
-        losses = _token_losses(self.head(x), targets)
+        losses = plain_token_losses(self.head(x), targets)
         return losses.sum(), (targets != IGNORED).sum()
 
     @torch.no_grad()
@@ -201,7 +212,7 @@ class GPT(nn.Module):
         x = self.hidden_states(token_ids)
         if isinstance(own_losses := getattr(self.head, "token_losses", None), MethodType):
             return own_losses(x, targets)
-        return _token_losses(self.head(x), targets)
+        return plain_token_losses(self.head(x), targets)
 
     def new_cache(self, batch: int, *, max_seq_len: int | None = None) -> KVCache:
         """Return an empty cache for this many rows, on the model's device and in its compute dtype.
@@ -295,7 +306,7 @@ class GPT(nn.Module):
             raise ConfigError("this GPT was assembled without a config: give GPT(config=...) to save it.")
         # Blocks that torch.compile wrapped one by one are saved under the names of the blocks.
         weights = {name.replace("._orig_mod", ""): tensor for name, tensor in self.state_dict().items()}
-        write_model(Path(folder), self.config, weights)
+        write_model(Path(folder), self.config, describe_blocks(self.blocks), weights)
 
     @classmethod
     def from_pretrained(
@@ -337,6 +348,7 @@ class GPT(nn.Module):
                 model = cls.from_config(config, **parts)
         except (RuntimeError, OverflowError) as error:
             raise CheckpointError(f"{folder / CONFIG_FILE} describes a model that cannot be built: {error}.") from None
+        check_blocks(folder, describe_blocks(model.blocks))
         load_weights(model, folder / WEIGHTS_FILE, device, dtype)
         return model
 
@@ -354,8 +366,9 @@ class GPT(nn.Module):
 
         Raises:
             ConfigError: If the model was assembled without a config.
-            HubError: If the upload fails after bounded retries.
+            HubError: If the name is not one, or the upload fails after bounded retries.
         """
+        hub.check_repo_id(repo_id)
         self.save_pretrained(folder)
         return hub.upload_folder(
             Path(folder), repo_id, private=private, branch=branch, commit_message=commit_message, token=token
@@ -385,9 +398,3 @@ class GPT(nn.Module):
             if lowest < 0 or highest >= vocab_size:
                 wrong = int(lowest if lowest < 0 else highest)
                 raise ConfigError(f"token id {wrong} lies outside the vocabulary of {vocab_size}.")
-
-
-def _token_losses(logits: Tensor, targets: Tensor) -> Tensor:
-    """Return the cross-entropy of each target, 0 where ignored: `(batch, seq)`."""
-    flat = F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten(), ignore_index=IGNORED, reduction="none")
-    return flat.view(targets.shape)

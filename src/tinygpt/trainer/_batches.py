@@ -28,6 +28,8 @@ def read_micro_batches(batches: Iterator[Batch], batch_tokens: int | None, step:
                 f"the loader ended in step {step} with {left} micro-batches of the step to come; "
                 "give one that goes on, such as BatchLoader or itertools.cycle(batches)."
             ) from None
+        if not isinstance(batch, Batch):
+            raise DataError(f"the loader gave a {type(batch).__name__}; it must give Batch(inputs, targets).")
         if shape is None:
             shape = batch.targets.shape
             wanted, tokens = batch_tokens or shape.numel(), shape.numel()

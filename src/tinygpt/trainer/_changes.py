@@ -68,12 +68,17 @@ def compare_values(
     ]
 
 
-def check_accept(accept: Collection[str]) -> None:
-    """Raise `ConfigError` unless `accept` is a collection of known topics."""
-    known = {"schedule", "model", "data"}
-    unknown = [accept] if isinstance(accept, str) else sorted(set(accept) - known)
-    if unknown:
-        raise ConfigError(f"accept={accept!r} is not known; give a list of {', '.join(sorted(known))}.")
+def checked_accept(accept: Collection[str] | str) -> set[str]:
+    """Return the topics as a set; one may be given as a string.
+
+    Raises:
+        ConfigError: If one is not known.
+    """
+    topics = {accept} if isinstance(accept, str) else set(accept)
+    known = ("data", "model", "schedule")
+    if not topics <= set(known):
+        raise ConfigError(f"accept={accept!r} is not known; give a list of {', '.join(known)}.")
+    return topics
 
 
 def refuse_unaccepted(changes: list[Change], accept: Collection[str]) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,13 @@ class Interrupted(SystemExit):
 
     def __init__(self, signal_number: int) -> None:
         super().__init__(128 + signal_number)
+
+
+def interruption(signal_number: int) -> BaseException:
+    """Return what ends the loop: at a prompt Ctrl-C gives the prompt back; elsewhere the program ends."""
+    if signal_number == signal.SIGINT and (hasattr(sys, "ps1") or sys.flags.interactive):
+        return KeyboardInterrupt()
+    return Interrupted(signal_number)
 
 
 class StopRequest:

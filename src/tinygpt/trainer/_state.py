@@ -14,7 +14,7 @@ from tinygpt.checkpoint import load_state, save_state, verify
 from tinygpt.config import Config
 from tinygpt.data import BatchLoader
 from tinygpt.errors import CheckpointError, TinyGPTError
-from tinygpt.model import GPT, independent_tensors
+from tinygpt.model import GPT, describe_blocks, independent_tensors
 from tinygpt.trainer._changes import Change, compare_rates, compare_values, format_changes, refuse_unaccepted
 from tinygpt.trainer._random import random_state, restore_random_state
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from tinygpt.trainer._trainer import Trainer
 
 _WEIGHTS = "model.safetensors"
-_TOPICS = {"batch_tokens": "schedule", "loss": "model"}
+_TOPICS = {"tokens of a step": "schedule", "loss": "model"}
 
 logger = logging.getLogger("tinygpt")
 
@@ -39,6 +39,7 @@ def save(trainer: "Trainer", folder: Path) -> Path:
         "model_config": _model_config(model),
         "rates": trainer.rates.at(trainer.next_step),
         "loader": _loader_state(trainer),
+        "optimizer_class": type(trainer.optimizer).__name__,
         "optimizer": trainer.optimizer.state_dict(),
         "random": random_state(),
     }
@@ -64,6 +65,9 @@ def load(trainer: "Trainer", folder: Path, accept: Collection[str]) -> list[Chan
     loader: Any = trainer.loader
     before = _loader_state(trainer)
     try:
+        was, now = state["optimizer_class"], type(trainer.optimizer).__name__
+        if was != now:
+            raise CheckpointError(f"{folder} was saved with {was}, and this run has {now}: build the same optimizer.")
         changes = _compare(trainer, state)
         refuse_unaccepted(changes, accept)
         progress = (int(state["next_step"]), int(state["tokens"]), float(state["elapsed_seconds"]))
@@ -91,9 +95,14 @@ def _compare(trainer: "Trainer", state: dict[str, Any]) -> list[Change]:
         *compare_rates(state["rates"], trainer.rates.at(state["next_step"])),
         *compare_values(state["model_config"], model_config, prefix="model ", topics="model"),
         *_compare_loader(state["loader"], _loader_state(trainer)),
-        *compare_values(state["settings"], _settings(trainer), topics=_TOPICS),
+        *_known(compare_values(state["settings"], _settings(trainer), topics=_TOPICS)),
         *compare_values(state["environment"], _environment(trainer)),
     ]
+
+
+def _known(changes: list[Change]) -> list[Change]:
+    """Leave out what one side does not know: a loader of one's own need not tell the size of its batches."""
+    return [c for c in changes if c.name != "tokens of a step" or None not in (c.was, c.will_be)]
 
 
 def _compare_loader(saved: dict[str, Any] | None, now: dict[str, Any] | None) -> list[Change]:
@@ -132,7 +141,7 @@ def _settings(trainer: "Trainer") -> dict[str, Any]:
     schedules = {key: repr(schedule) for key, schedule in trainer.rates.schedules.items()}
     return {
         "num_steps": config.num_steps,
-        "batch_tokens": config.batch_tokens,
+        "tokens of a step": trainer.step_tokens,
         "grad_clip": config.grad_clip,
         "precision": str(trainer.precision),
         "loss": getattr(trainer.loss_fn, "__name__", type(trainer.loss_fn).__name__),
@@ -152,7 +161,10 @@ def _environment(trainer: "Trainer") -> dict[str, Any]:
 
 def _model_config(model: nn.Module) -> dict[str, Any]:
     config = getattr(model, "config", None)
-    return config.model_dump() if isinstance(config, Config) else {}
+    facts = config.model_dump() if isinstance(config, Config) else {}
+    if isinstance(model, GPT):
+        facts |= {f"block {layer}": text for layer, text in enumerate(describe_blocks(model.blocks))}
+    return facts
 
 
 def _plain(model: nn.Module) -> nn.Module:

@@ -16,18 +16,19 @@ from tinygpt import metrics
 from tinygpt.checkpoint import checkpoint_folder, latest_checkpoint, list_checkpoints, remove_old_checkpoints
 from tinygpt.data import Batch
 from tinygpt.errors import CheckpointError, ConfigError, DataError, NonFiniteError
-from tinygpt.losses import LossFunction, next_token_loss
+from tinygpt.losses import LossFunction, LossSum, next_token_loss
 from tinygpt.metrics import MetricsFile, StepMetrics, Stopwatch
 from tinygpt.schedules import Schedule
 from tinygpt.tokenizer import Tokenizer
 from tinygpt.trainer import _state
+from tinygpt.trainer._arguments import check_arguments
 from tinygpt.trainer._batches import find_non_finite, read_micro_batches, to_device
-from tinygpt.trainer._changes import Change, check_accept
+from tinygpt.trainer._changes import Change, checked_accept
 from tinygpt.trainer._config import TrainerConfig, multiplies_bfloat16_fast, resolve_precision
 from tinygpt.trainer._hooks import Hook
 from tinygpt.trainer._progress import progress_bar
 from tinygpt.trainer._rates import Rates
-from tinygpt.trainer._signals import Interrupted, stop_on_signal
+from tinygpt.trainer._signals import interruption, stop_on_signal
 
 
 class Trainer:
@@ -78,24 +79,14 @@ class Trainer:
         tokenizer: Tokenizer | None = None,
         on_save: Callable[[Path], None] | None = None,
     ) -> None:
-        if config.save_every is not None and config.out_dir is None:
-            raise ConfigError("save_every needs an out_dir to save into.")
+        check_arguments(model, optimizer, loader, config, tokenizer)
         self._parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        if not {id(parameter) for parameter in self._parameters} & {id(p) for p in model.parameters()}:
-            raise ConfigError("the optimizer holds no parameter of this model: make it from the model you train.")
         self.model = model
         self.optimizer = optimizer
         self.loader = loader
         self.config = config
         self.loss_fn = loss_fn
         self.tokenizer = tokenizer or getattr(loader, "tokenizer", None)
-        vocab_size = getattr(getattr(model, "config", None), "vocab_size", None)
-        if vocab_size is not None and self.tokenizer is not None and self.tokenizer.vocab_size > vocab_size:
-            # A GPU would stop in a device assertion that names neither.
-            raise ConfigError(
-                f"the tokenizer has {self.tokenizer.vocab_size} ids, more than the model's vocab_size={vocab_size}: "
-                "build the model with vocab_size=tokenizer.vocab_size."
-            )
         self.on_save = on_save
         self.device = next(model.parameters()).device
         self.next_step = 0
@@ -111,6 +102,12 @@ class Trainer:
         self._flops: dict[int, int | None] = {}
         self._metrics_file: MetricsFile | None = None
         self._last_saved: Path | None = None
+
+    @property
+    def step_tokens(self) -> int | None:
+        """Tokens of one step, as far as config and loader tell."""
+        rows, seq_len = (getattr(self.loader, name, None) for name in ("rows", "seq_len"))
+        return self.config.batch_tokens or (rows * seq_len if rows and seq_len else None)
 
     @property
     def elapsed_seconds(self) -> float:
@@ -130,7 +127,7 @@ class Trainer:
             DataError: If the loader ends or a step has no target.
             NonFiniteError: If a loss or gradient is not finite; weights and optimizer are as before that step.
             CheckpointError: If a checkpoint cannot be written.
-            Interrupted: After SIGINT or SIGTERM, once the state is saved.
+            Interrupted: After SIGINT or SIGTERM, once the state is saved; at an interactive prompt a KeyboardInterrupt.
         """
         return self._run()
 
@@ -148,19 +145,20 @@ class Trainer:
                     if request.signal_number is not None:
                         self._report_stop()
                 if request.signal_number is not None:
-                    raise Interrupted(request.signal_number)
+                    raise interruption(request.signal_number)
 
-    def fit(self, hooks: Sequence[Hook] = (), *, progress: bool = True) -> StepMetrics | None:
+    def fit(self, hooks: Sequence[Hook] | Hook = (), *, progress: bool = True) -> StepMetrics | None:
         """Train to the end, calling each hook as `hook(trainer, step)` after every step.
 
         Args:
-            hooks: Functions; `every(250, function)` makes one that is called now and then.
+            hooks: A function or several; `every(250, function)` makes one that is called now and then.
             progress: Whether to show a progress bar on standard error.
 
         Returns:
             The last step, or `None` if there was none left to do.
         """
         step = None
+        hooks = [hooks] if callable(hooks) else hooks
         with progress_bar(self, enabled=progress) as show, contextlib.closing(self._run()) as steps:
             for step in steps:
                 show(step)
@@ -199,7 +197,7 @@ class Trainer:
             self.on_save(self._last_saved)
         return self._last_saved
 
-    def load_state(self, folder: str | Path, *, accept: Collection[str] = ()) -> list[Change]:
+    def load_state(self, folder: str | Path, *, accept: Collection[str] | str = ()) -> list[Change]:
         """Continue from a checkpoint, after comparing its run with this one.
 
         Rates of the next step, model, data, tokenizer and batch are compared before anything is loaded. A jump in
@@ -215,7 +213,7 @@ class Trainer:
         Raises:
             CheckpointError: If the checkpoint is damaged or does not fit, or a difference was not accepted.
         """
-        check_accept(accept)
+        accept = checked_accept(accept)
         folder = Path(folder)
         if self.checkpoint_dir is not None:
             later = [path for path in list_checkpoints(self.checkpoint_dir) if path.name > folder.name]
@@ -232,15 +230,18 @@ class Trainer:
             output.write("resume", self.next_step - 1, checkpoint=str(folder), changes=rows)
         return changes
 
-    def resume(self, *, accept: Collection[str] = ()) -> list[Change] | None:
+    def resume(self, *, accept: Collection[str] | str = ()) -> list[Change] | None:
         """Continue from the newest whole checkpoint in `out_dir`; return `None` if there is none, else as `load_state`.
 
         Newer ones that are damaged are moved out of the way, as `damaged-step-NNNNNN`, with a warning.
 
         Raises:
             CheckpointError: As in `load_state`, or if there are checkpoints and none is whole.
+            ConfigError: If the `TrainerConfig` has no `out_dir`.
         """
-        if self.checkpoint_dir is None or not self.checkpoint_dir.exists():
+        if self.checkpoint_dir is None:
+            raise ConfigError("resume looks into the out_dir of the TrainerConfig, and there is none.")
+        if not self.checkpoint_dir.exists():
             return None
         folder = latest_checkpoint(self.checkpoint_dir)
         found = list_checkpoints(self.checkpoint_dir)
@@ -273,6 +274,8 @@ class Trainer:
             expected = self.config.batch_tokens or batch.targets.numel()
             batches.append(batch)
             loss = self.loss_fn(self.model, to_device(batch, self.device))
+            if not isinstance(loss, LossSum):
+                raise ConfigError(f"loss_fn returned a {type(loss).__name__}; return LossSum(sum, count), not a mean.")
             # Divided by the number of positions here and by the number of targets below where they differ: one
             # global count over all micro-batches, without waiting for the device to count.
             (loss.total / expected).backward()  # type: ignore[no-untyped-call]
@@ -298,7 +301,7 @@ class Trainer:
                     else f"losses are finite, the gradient norm is {grad_norm}"
                 )
                 + f". The weights were not changed. Last good checkpoint: {self._last_saved or 'none was saved'}. "
-                "Look at those rows, lower the learning rate, or set grad_clip."
+                "Lower the learning rate, set grad_clip, or look at those rows."
             )
         factor = expected / count
         if self.config.grad_clip is not None and grad_norm > self.config.grad_clip:

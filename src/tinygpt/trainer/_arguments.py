@@ -1,0 +1,65 @@
+"""Checking what a Trainer is made of, where a mistake can still be named."""
+
+import logging
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from tinygpt.errors import ConfigError
+from tinygpt.tokenizer import Tokenizer
+from tinygpt.trainer._config import TrainerConfig
+
+logger = logging.getLogger("tinygpt")
+
+
+def check_arguments(model: Any, optimizer: Any, loader: Any, config: Any, tokenizer: Tokenizer | None) -> None:
+    """Refuse arguments that cannot train together, and log what probably was not meant.
+
+    Raises:
+        ConfigError: If one is of the wrong kind, or two do not fit.
+    """
+    wanted = (("model", model, nn.Module), ("optimizer", optimizer, Optimizer), ("config", config, TrainerConfig))
+    for name, value, kind in wanted:
+        if not isinstance(value, kind):
+            raise ConfigError(
+                f"Trainer needs model, optimizer, loader and config in this order; {name} is a {type(value).__name__}, "
+                f"not a {kind.__name__}."
+            )
+    if not hasattr(loader, "__iter__"):
+        raise ConfigError(f"loader is a {type(loader).__name__}; give a BatchLoader or another iterable of Batch.")
+    if config.save_every is not None and config.out_dir is None:
+        raise ConfigError("save_every needs an out_dir to save into.")
+    _check_parameters(model, optimizer)
+    _check_sizes(model, loader, tokenizer or getattr(loader, "tokenizer", None))
+    if torch.cuda.is_available() and next(model.parameters()).device.type == "cpu":
+        logger.warning("training on the CPU though there is a GPU: call model.to('cuda') before making the optimizer.")
+
+
+def _check_parameters(model: nn.Module, optimizer: Optimizer) -> None:
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    own = {id(parameter): name for name, parameter in model.named_parameters()}
+    if held - own.keys():
+        raise ConfigError(
+            "the optimizer holds parameters that are not this model's: make it from the model you train, after every "
+            "part was put into place."
+        )
+    trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    if left_out := [name for name in trainable if id(model.get_parameter(name)) not in held]:
+        some = ", ".join(left_out[:5]) + (", ..." if len(left_out) > 5 else "")
+        logger.warning("%d parameters are in no optimizer group and stay as they are: %s", len(left_out), some)
+
+
+def _check_sizes(model: nn.Module, loader: Any, tokenizer: Tokenizer | None) -> None:
+    config = getattr(model, "config", None)
+    vocab_size, longest = getattr(config, "vocab_size", None), getattr(config, "max_seq_len", None)
+    if vocab_size is not None and tokenizer is not None and tokenizer.vocab_size > vocab_size:
+        # A GPU would stop in a device assertion that names neither.
+        raise ConfigError(
+            f"the tokenizer has {tokenizer.vocab_size} ids, more than the model's vocab_size={vocab_size}: "
+            "build the model with vocab_size=tokenizer.vocab_size."
+        )
+    seq_len = getattr(loader, "seq_len", None)
+    if longest is not None and seq_len is not None and seq_len > longest:
+        raise ConfigError(f"the loader's rows have seq_len={seq_len}, more than the model's max_seq_len={longest}.")
