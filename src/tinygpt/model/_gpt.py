@@ -155,7 +155,7 @@ class GPT(nn.Module):
             `(batch, seq, vocab)` float32.
 
         Raises:
-            ConfigError: If the ids have another shape or dtype, lie outside the table or are too many.
+            ConfigError: If the ids have another shape or dtype, are too many or, on a CPU, lie outside the vocabulary.
         """
         return self.head(self.hidden_states(token_ids, cache=cache))
 
