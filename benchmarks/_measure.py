@@ -116,13 +116,14 @@ def peak_memory(build: Callable[..., Work], *args: object) -> Memory | None:
 def _measure_memory(build: Callable[..., Work], args: tuple[object, ...]) -> Memory | None:
     work = build(*args)
     gc.collect()
-    start = _resident()
+    start = resident()
     work()
-    peak = _resident(highest=True)
+    peak = resident(highest=True)
     return None if start is None or peak is None else Memory(start, peak)
 
 
-def _resident(*, highest: bool = False) -> int | None:
+def resident(*, highest: bool = False) -> int | None:
+    """Return the bytes of this process in memory, mapped files included, now or at most; None where it is not told."""
     status = Path("/proc/self/status")
     if status.exists():
         # Not getrusage: on Linux its maximum is inherited from the parent through fork and exec.

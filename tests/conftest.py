@@ -9,6 +9,9 @@ if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
     # Before torch is imported, and for child processes too: more threads than cores wait for each other, tenfold.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
 
+# huggingface_hub reads it once, when it is first imported, and then shows no bar in this process, ours included.
+os.environ.pop("HF_HUB_DISABLE_PROGRESS_BARS", None)
+
 import torch
 
 settings.register_profile("tinygpt", derandomize=True, deadline=None)

@@ -13,10 +13,12 @@ ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted(path for path in (ROOT / "benchmarks").glob("*.py") if not path.name.startswith("_"))
 # What each file measures beside the time; a script may write more than one file.
 FILES = {
+    "corpus_size": {"corpus_size": {"peak_mib", "cost_against_smallest"}},
     "import_time": {"import_time": {"over_torch_seconds"}},
+    "loader": {"loader": {"tokens_per_second"}},
     "loss": {"loss": {"extra_mib"}},
     "optimizer_step": {"optimizer_step": {"extra_mib", "extra_fraction"}},
-    "packing": {"packing": {"rows_per_second"}, "loader": {"tokens_per_second", "cropped_fraction"}},
+    "packing": {"packing": {"rows_per_second", "lost_fraction"}},
     "training_step": {"training_step": set()},
 }
 

@@ -1,5 +1,7 @@
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,3 +23,22 @@ def test_the_commands_of_the_guide_run(tmp_path: Path, monkeypatch: pytest.Monke
     for command in commands:
         assert main(shlex.split(command)) == 0
     assert len(TokenShards("book-tokens")) == 1
+
+
+def test_the_examples_the_guide_starts_run_at_a_small_scale(tmp_path: Path) -> None:
+    commands = re.findall(r"^python examples/(.*)$", GUIDE.read_text("utf-8"), re.MULTILINE)
+    assert commands
+    for command in commands:
+        script, *arguments = shlex.split(command)
+        small = ["--steps", "2", "--depth", "1", "--seq-len", "64", "--rows", "2", "--vocab-size", "300"]
+        finished = subprocess.run(
+            [sys.executable, str(GUIDE.parents[2] / "examples" / script), *arguments, *small],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert finished.returncode == 0, finished.stderr
+        pictures = set(re.findall(r"\.\./assets/(.*\.png)", GUIDE.read_text("utf-8")))
+        assert pictures
+        assert pictures <= {path.name for path in (tmp_path / "runs" / "text").iterdir()}

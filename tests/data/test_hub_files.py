@@ -26,9 +26,11 @@ REPO = "datasets/user/tiny"
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     monkeypatch.setattr(hub_module, "_FIRST_WAIT_SECONDS", 0.01)
     disable_progress_bars()
-    with serve_hub() as server:
-        yield server
-    enable_progress_bars()
+    try:
+        with serve_hub() as server:
+            yield server
+    finally:  # or every bar of this process, those of other tests too, would stay off
+        enable_progress_bars()
 
 
 def _lines(name: str, count: int = 5) -> bytes:

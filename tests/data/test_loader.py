@@ -3,7 +3,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -394,22 +394,98 @@ def test_a_damaged_state_is_refused() -> None:
     loader = _loader()
     next(loader)
     state = loader.state_dict()
-    tensors = state["tensors"]
     for key in set(state) - {"version"}:
         with pytest.raises(DataError, match="the loader state is damaged: fields are missing or unknown"):
             loader.load_state_dict({name: value for name, value in state.items() if name != key})
-    for part in ("settings", "counters"):
-        for damaged in ({}, None, {**state[part], "more": 1}):
-            with pytest.raises(DataError, match="fields are missing or unknown"):
-                loader.load_state_dict({**state, part: damaged})
-    for changes in (
-        {"buffer_tokens": tensors["buffer_tokens"][:-1]},
-        {"buffer_tokens": tensors["buffer_tokens"].long()},
-        {"buffer_lengths": tensors["buffer_lengths"] * -1},
-        {"buffer_lengths": None},
-    ):
-        with pytest.raises(DataError, match="the loader state is damaged: buffer_lengths"):
-            loader.load_state_dict({**state, "tensors": {**tensors, **changes}})
+
+
+@pytest.mark.parametrize("part", ["settings", "counters"])
+@pytest.mark.parametrize("damaged", [{}, None, [], 3, "seed", {"more": 1}])
+def test_settings_and_counters_of_a_state_must_be_what_they_were(part: str, damaged: Any) -> None:
+    state = _loader().state_dict()
+    if damaged == {"more": 1}:
+        damaged = {**state[part], **damaged}
+    for version in (1, 2):
+        with pytest.raises(DataError, match=f"the loader state is damaged: .*{part} must be a mapping of|missing"):
+            _loader().load_state_dict({**state, "version": version, part: damaged})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"epoch": -1}, "epoch must be 0 or more"),
+        ({"epoch": 1.0}, "epoch must be 0 or more"),
+        ({"epoch": True}, "epoch must be 0 or more"),
+        ({"window": None}, "window must be 0 or more"),
+        ({"taken": "3"}, "taken must be 0 or more"),
+        ({"cursor": 7}, "cursor must be a cursor"),
+        ({"cursor": "document"}, "cursor must be a cursor"),
+        ({"window_end": []}, "window_end must be a cursor"),
+        ({"continued": 1}, "continued must be true or false"),
+        ({"source_fingerprint": None}, "source_fingerprint must be a digest"),
+        ({"tokenizer_fingerprint": 5}, "tokenizer_fingerprint must be a digest"),
+        ({"epoch": -1, "cursor": 7}, "epoch must be 0 or more; cursor must be a cursor"),
+        ({"tensors": None}, "tensors must be a mapping"),
+        ({"tensors": [1]}, "tensors must be a mapping"),
+    ],
+)
+def test_a_state_with_a_field_of_another_type_is_refused(changes: dict[str, Any], message: str) -> None:
+    loader = _loader()
+    next(loader)
+    before = loader.state_dict()
+    with pytest.raises(DataError, match=f"the loader state is damaged: {message}; use another checkpoint"):
+        loader.load_state_dict({**before, **changes})
+    assert _same(_take(loader, 3), _take(_restored(before), 3))
+
+
+def _restored(state: dict[str, Any]) -> BatchLoader:
+    loader = _loader()
+    loader.load_state_dict(state)
+    return loader
+
+
+def test_a_negative_count_in_a_state_is_refused() -> None:
+    state = _loader().state_dict()
+    with pytest.raises(DataError, match="damaged: documents must be 0 or more"):
+        _loader().load_state_dict({**state, "counters": {**state["counters"], "documents": -1}})
+
+
+@pytest.mark.parametrize("state", [None, [], "state", 2])
+def test_a_state_that_is_no_mapping_is_refused(state: Any) -> None:
+    with pytest.raises(DataError, match=r"the loader state is damaged: it is .* and not a mapping"):
+        _loader().load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("buffer_tokens", lambda tokens: tokens[:-1], "buffer_lengths must be positive and sum to"),
+        ("buffer_lengths", lambda lengths: lengths * -1, "buffer_lengths must be positive and sum to"),
+        ("buffer_tokens", lambda tokens: tokens.long(), "buffer_tokens must be one dimension of torch.int32"),
+        ("buffer_tokens", lambda tokens: tokens[None], "buffer_tokens must be one dimension of torch.int32"),
+        ("buffer_lengths", lambda lengths: lengths[None], "buffer_lengths must be one dimension of torch.int64"),
+        ("buffer_lengths", lambda lengths: None, "buffer_lengths must be one dimension of torch.int64 and is None"),
+        ("buffer_lengths", lambda lengths: lengths.tolist(), "buffer_lengths must be one dimension of torch.int64"),
+        ("buffer_tokens", lambda tokens: tokens + 300, r"buffer_tokens has ids from 3\d\d to 4\d\d, .* has 0 to 256"),
+        ("buffer_tokens", lambda tokens: tokens - 300, r"buffer_tokens has ids from -\d+ to -\d+"),
+    ],
+)
+def test_a_damaged_packing_buffer_is_refused(name: str, change: Callable[[Any], Any], message: str) -> None:
+    loader = _loader()
+    next(loader)
+    state = loader.state_dict()
+    tensors = {**state["tensors"], name: change(state["tensors"][name])}
+    with pytest.raises(DataError, match=f"the loader state is damaged: {message}"):
+        loader.load_state_dict({**state, "tensors": tensors})
+
+
+@pytest.mark.parametrize("cursor", [{}, {"document": "3"}, {"document": -1}, {"document": 99}, {"file": 0}])
+def test_a_cursor_of_another_source_in_a_state_is_an_error_when_read_from(cursor: dict[str, Any]) -> None:
+    state = {**_loader().state_dict(), "cursor": cursor}
+    loader = _loader()
+    loader.load_state_dict(state)
+    with pytest.raises(DataError, match=r"cursor .* does not belong to this source"):
+        next(loader)
 
 
 def test_a_document_that_cannot_be_read_stops_the_loader_every_time_it_is_asked(tmp_path: Path) -> None:

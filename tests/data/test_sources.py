@@ -398,3 +398,36 @@ def test_a_file_with_one_enormous_document_is_not_taken_into_memory(tmp_path: Pa
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 16 << 20
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_a_byte_order_mark_at_the_beginning_of_a_file_is_no_text(tmp_path: Path, suffix: str) -> None:
+    def write(name: str, content: bytes) -> Path:
+        path = tmp_path / (name + suffix)
+        path.write_bytes(gzip.compress(content) if suffix else content)
+        return path
+
+    mark = b"\xef\xbb\xbf"
+    text = TextFiles(write("a.txt", mark + b"one\n\n" + mark + b"two"), separator="\n\n")
+    assert [document for document, _ in text.read()] == ["one", "\ufefftwo"]  # elsewhere it is a character of the text
+    (_, place), _ = text.read()
+    assert [document for document, _ in text.read(place)] == ["\ufefftwo"]
+    whole = TextFiles(write("b.txt", mark + b"whole"))
+    assert [document for document, _ in whole.read()] == ["whole"]
+    lines = JsonLines(write("c.jsonl", mark + b'{"text": "one"}\r\n{"text": "two"}\r\n'))
+    assert [document for document, _ in lines.read()] == ["one", "two"]
+
+
+def test_a_separator_that_windows_wrote_in_its_own_way_is_not_overlooked(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"one\r\n\r\ntwo\r\nlines\n\nthree")
+    with pytest.raises(DataError, match=r"byte 0 holds '\\r\\n\\r\\n', .* give separator='\\r\\n\\r\\n', or convert"):
+        list(TextFiles(path, separator="\n\n").read())
+    assert [text for text, _ in TextFiles(path, separator="\r\n\r\n").read()] == ["one", "two\r\nlines\n\nthree"]
+    skipping = TextFiles(path, separator="\n\n", on_error="skip")
+    with pytest.warns(UserWarning, match="line ends of Windows"):
+        assert [text for text, _ in skipping.read()] == ["three"]
+    assert [(skipped.reason, skipped.count) for skipped in skipping.skipped] == [("line ends of Windows", 1)]
+    # Without a separator, or with one that has no line end, line ends are text like any other.
+    assert [text for text, _ in TextFiles(path).read()] == ["one\r\n\r\ntwo\r\nlines\n\nthree"]
+    assert len(list(TextFiles(path, separator="two").read())) == 2

@@ -46,14 +46,17 @@ def test_it_can_be_read_again_and_again() -> None:
         assert torch.equal(one.targets, other.targets)
 
 
-def test_batches_are_full_but_the_last_and_only_the_last_row_is_padded() -> None:
+def test_every_batch_has_one_shape_and_only_the_end_of_the_set_is_padded() -> None:
     validation = _make()
-    assert [len(batch.inputs) for batch in validation] == [3] * (len(validation) - 1) + [
-        (len(validation.token_rows) - 1) % 3 + 1
-    ]
+    assert len(validation.token_rows) % 3
+    assert [tuple(batch.inputs.shape) for batch in validation] == [(3, 8)] * len(validation)
     assert not (validation.token_rows[:-1] == IGNORE_INDEX).any()
     assert all((batch.inputs != IGNORE_INDEX).all() for batch in validation)
     assert all((batch.inputs[:, 0] == TOKENIZER.bos_token_id).all() for batch in validation)
+    *_, last = validation
+    filled = len(validation.token_rows) % 3
+    assert (last.targets[filled:] == IGNORE_INDEX).all()
+    assert (last.targets[:filled] != IGNORE_INDEX).any(dim=1).all()
 
 
 def test_the_hash_depends_on_the_rows_and_not_on_the_batch_size() -> None:
@@ -61,10 +64,13 @@ def test_the_hash_depends_on_the_rows_and_not_on_the_batch_size() -> None:
     assert len({_make().hash, _make(seq_len=9).hash, _make(max_tokens=16).hash}) == 3
 
 
-@pytest.mark.parametrize("max_tokens", [8, 15, 16, 33])
-def test_max_tokens_keeps_the_first_whole_rows(max_tokens: int) -> None:
-    kept = _make(max_tokens=max_tokens).token_rows
-    assert torch.equal(kept, _make().token_rows[: max_tokens // 8])
+@pytest.mark.parametrize("max_tokens", [1, 8, 15, 16, 33, 10_000])
+def test_max_tokens_takes_the_first_documents_whatever_their_length(max_tokens: int) -> None:
+    validation = _make(max_tokens=max_tokens)
+    targets = torch.cat([batch.targets.flatten() for batch in validation])
+    found = targets[(targets != IGNORE_INDEX) & (targets != TOKENIZER.bos_token_id)]
+    assert sorted(found.tolist()) == sorted("".join(TEXTS).encode()[:max_tokens])
+    assert validation.num_bytes == min(max_tokens, len("".join(TEXTS).encode()))
 
 
 @pytest.mark.parametrize(
@@ -72,7 +78,7 @@ def test_max_tokens_keeps_the_first_whole_rows(max_tokens: int) -> None:
     [
         ({"rows": 0}, "rows=0 is not positive"),
         ({"seq_len": 0}, "seq_len=0 is not positive"),
-        ({"max_tokens": 7}, "max_tokens=7 is less than one row of seq_len=8"),
+        ({"max_tokens": 0}, "max_tokens=0 is not positive"),
     ],
 )
 def test_numbers_out_of_range_are_refused(changes: dict, message: str) -> None:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ import torch
 
 from tinygpt import GPT, GPTConfig, Trainer, TrainerConfig
 from tinygpt.checkpoint import latest_checkpoint, list_checkpoints, load_state
-from tinygpt.data import BatchLoader, TextDocuments
-from tinygpt.errors import CheckpointError, ConfigError
+from tinygpt.data import BatchLoader, TextDocuments, TextFiles, TokenShards, tokenize_documents
+from tinygpt.errors import CheckpointError, ConfigError, DataError
 from tinygpt.metrics import read_metrics
 from tinygpt.optim import MuonAdamW
 from tinygpt.schedules import warmup_stable_decay
@@ -142,6 +143,77 @@ def test_other_data_is_refused_until_accepted(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, texts=other)
     assert trainer.resume(accept=["data"]) is not None
     assert trainer.next_step == 4
+
+
+def write_files(folder: Path) -> None:
+    folder.mkdir()
+    for number in range(4):
+        (folder / f"{number}.txt").write_text("\n\n".join(TEXTS[10 * number : 10 * number + 10]), "utf-8", newline="\n")
+
+
+def delete_one(folder: Path) -> None:
+    (folder / "0.txt").unlink()
+
+
+def change_one(folder: Path) -> None:
+    (folder / "0.txt").write_text("something else altogether", "utf-8")
+
+
+@pytest.mark.parametrize("change", [delete_one, change_one])
+def test_a_file_deleted_or_changed_since_the_checkpoint_is_refused_until_accepted(
+    tmp_path: Path, change: Callable[[Path], None]
+) -> None:
+    def trainer_on_files(num_steps: int) -> Trainer:
+        trainer = make_trainer(tmp_path / "run", num_steps=num_steps)
+        source = TextFiles(tmp_path / "text", separator="\n\n")
+        loader = BatchLoader(source, ByteTokenizer(), rows=2, seq_len=16, buffer_documents=8, overflow="carry", seed=0)
+        return Trainer(trainer.model, trainer.optimizer, loader, trainer.config, schedules=trainer.rates.schedules)
+
+    write_files(tmp_path / "text")
+    before = trainer_on_files(4)
+    before.fit(progress=False)
+    change(tmp_path / "text")
+    with pytest.raises(CheckpointError, match=r"(?s)source_fingerprint.*accept=\['data'\]"):
+        trainer_on_files(8).resume()
+    trainer = trainer_on_files(8)
+    assert trainer.resume(accept=["data"]) is not None
+    assert trainer.next_step == 4
+    # What waited in the packing buffer comes first, counters go on, and the new files are read from their beginning.
+    assert trainer.loader.epoch == 0
+    assert trainer.loader.utilization() == before.loader.utilization()
+    trainer.fit(progress=False)
+    assert trainer.next_step == 8
+
+
+def test_token_shards_deleted_changed_or_made_again_since_the_checkpoint_are_not_read_unseen(tmp_path: Path) -> None:
+    def trainer_on_shards(folder: Path, num_steps: int) -> Trainer:
+        trainer = make_trainer(tmp_path / "run", num_steps=num_steps)
+        loader = BatchLoader(TokenShards(folder), rows=2, seq_len=16, buffer_documents=8)
+        return Trainer(trainer.model, trainer.optimizer, loader, trainer.config, schedules=trainer.rates.schedules)
+
+    def tokenize(texts: list[str], folder: Path) -> None:
+        tokenize_documents(TextDocuments(texts), ByteTokenizer(), folder, processes=1, shard_tokens=300)
+
+    tokenize(TEXTS, tmp_path / "tokens")
+    trainer_on_shards(tmp_path / "tokens", 4).fit(progress=False)
+
+    other = tmp_path / "other"
+    tokenize(TEXTS[::-1], other)
+    with pytest.raises(CheckpointError, match=r"(?s)source_fingerprint.*accept=\['data'\]"):
+        trainer_on_shards(other, 8).resume()
+    assert trainer_on_shards(other, 8).resume(accept=["data"]) is not None
+
+    last = sorted((tmp_path / "tokens").glob("tokens-*.bin"))[-1]
+    content = last.read_bytes()
+    last.write_bytes(bytes([content[0] ^ 1]) + content[1:])
+    changed = trainer_on_shards(tmp_path / "tokens", 40)
+    changed.resume(accept=["schedule"])
+    with pytest.raises(DataError, match=f"{last.name} was changed since it was written.*restore it, or tokenize again"):
+        changed.fit(progress=False)
+
+    last.unlink()
+    with pytest.raises(DataError, match=f"{last.name} is missing.*restore it, or tokenize again"):
+        trainer_on_shards(tmp_path / "tokens", 8)
 
 
 def test_another_model_is_refused(tmp_path: Path) -> None:

@@ -50,6 +50,9 @@ class TextFormat:
         if separator == "":
             raise DataError("separator is empty; give the text between two documents, or None for one a file.")
         self._separator = None if separator is None else separator.encode("utf-8")
+        # What a file of Windows has where a separator of line ends was meant: it would be one document, unnoticed.
+        windows = separator.replace("\n", "\r\n") if separator and "\r" not in separator else separator
+        self._windows_separator = windows.encode("utf-8") if windows and windows != separator else None
         self.limit = checked_limit(max_document_bytes)
         self.suffixes = with_compression(".txt")
         self.settings = f"text {separator!r}"
@@ -62,6 +65,13 @@ class TextFormat:
                 if raw is None:
                     hint = "raise" if self._separator else "give the separator between its documents, or raise"
                     too_long(faults, name, start, f"at byte {start}", self.limit, hint)
+                elif self._windows_separator and self._windows_separator in raw:
+                    separator = self._windows_separator.decode("utf-8")
+                    message = (
+                        f"{name}: the document at byte {start} holds {separator!r}, the separator with the "
+                        f"line ends of Windows; give separator={separator!r}, or convert the file."
+                    )
+                    faults.note(name, start, "line ends of Windows", message)
                 elif (text := decode(raw, name, start, faults)) is not None:
                     yield text, {"offset": end}
                 start = end
@@ -141,14 +151,18 @@ def too_long(faults: Faults, name: str, position: int, where: str, limit: int, h
 
 
 def decode(raw: bytes, name: str, offset: int, faults: Faults) -> str | None:
-    """Return bytes that start at `offset` of a file as text, or None if they are to be passed over."""
+    """Return bytes that start at `offset` of a file as text, or None if they are to be passed over.
+
+    A byte order mark at the beginning of a file, as some programs on Windows write it, is no part of the text.
+    """
     try:
-        return raw.decode("utf-8")
+        text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
         place = offset + error.start
         message = f"{name} is not valid UTF-8 at byte {place} ({error.reason}); convert the file to UTF-8."
         faults.note(name, offset, "not valid UTF-8", message)
         return None
+    return text if offset else text.removeprefix("\ufeff")
 
 
 def _skip_to_offset(content: BufferedReader, name: str, place: Cursor) -> int:

@@ -229,7 +229,11 @@ class BatchLoader:
                 tokenizer or, unless allowed, another source.
         """
         mark = read_state(
-            state, settings=self._settings, fingerprints=self._fingerprints, other_source=allow_source_change
+            state,
+            settings=self._settings,
+            fingerprints=self._fingerprints,
+            vocab_size=self._tokenizer.vocab_size,
+            other_source=allow_source_change,
         )
         self._rewind(mark)
 

@@ -28,6 +28,8 @@ _KEYS = {
     "tokenizer_fingerprint",
     "tensors",
 }
+_CURSORS = ("cursor", "window_end")
+_FINGERPRINTS = ("source_fingerprint", "tokenizer_fingerprint")
 
 
 def write_state(mark: Mark, *, settings: Mapping[str, Any], fingerprints: Mapping[str, str]) -> dict[str, Any]:
@@ -50,6 +52,7 @@ def read_state(
     *,
     settings: Mapping[str, Any],
     fingerprints: Mapping[str, str],
+    vocab_size: int,
     other_source: bool,
 ) -> Mark:
     """Return the mark of a state, refusing one that a loader with these settings cannot continue exactly.
@@ -59,9 +62,7 @@ def read_state(
             or, unless `other_source`, another source.
     """
     state = _upgraded(state)
-    parts = {"settings": set(settings), "counters": {field.name for field in fields(Utilization)}}
-    if set(state) != _KEYS or any(set(state[part] or ()) != keys for part, keys in parts.items()):
-        raise DataError("the loader state is damaged: fields are missing or unknown; use another checkpoint.")
+    _check_structure(state, set(settings))
     for name, value in settings.items():
         saved = state["settings"][name]
         if saved != value:
@@ -82,7 +83,8 @@ def read_state(
             f"{current[:12]} now; restore the files, or pass allow_source_change=True to start this source at its "
             "beginning."
         )
-    packer = PackerState(_buffer_arrays(state["tensors"]), Utilization(**state["counters"]), state["continued"])
+    documents = _buffer_arrays(state["tensors"], vocab_size)
+    packer = PackerState(documents, Utilization(**state["counters"]), state["continued"])
     if saved != current:
         return Mark(0, Place(), packer)
     return Mark(state["epoch"], Place(*(state[name] for name in Place._fields)), packer)
@@ -93,17 +95,45 @@ def _upgraded(state: Mapping[str, Any]) -> Mapping[str, Any]:
 
     Version 1 knew neither shuffling nor `concat`, and refused other batch sizes without need.
     """
+    if not isinstance(state, Mapping):
+        raise DataError(f"the loader state is damaged: it is {state!r:.80} and not a mapping; use another checkpoint.")
     version = state.get("version")
     if version == _VERSION:
         return state
     if version != 1:
         raise DataError(f"the loader state has version {version!r}; this tinygpt reads versions 1 and {_VERSION}.")
-    settings = {
-        name: value for name, value in (state.get("settings") or {}).items() if name not in ("rows", "world_size")
-    }
-    settings |= {"seed": None, "shuffle_documents": None}
+    settings = state.get("settings")
+    if isinstance(settings, Mapping):
+        settings = {name: value for name, value in settings.items() if name not in ("rows", "world_size")}
+        settings |= {"seed": None, "shuffle_documents": None}
     added = {"window": 0, "taken": 0, "window_end": None, "continued": False}
     return {**state, **added, "version": _VERSION, "settings": settings}
+
+
+def _check_structure(state: Mapping[str, Any], settings: set[str]) -> None:
+    """Raise `DataError` unless every field is there and of its type; a cursor is the business of the source."""
+    counters = {field.name for field in fields(Utilization)}
+    if set(state) != _KEYS:
+        wrong = "fields are missing or unknown"
+    elif not isinstance(state["settings"], Mapping) or set(state["settings"]) != settings:
+        wrong = f"settings must be a mapping of {', '.join(sorted(settings))}"
+    elif not isinstance(state["counters"], Mapping) or set(state["counters"]) != counters:
+        wrong = f"counters must be a mapping of {', '.join(sorted(counters))}"
+    elif not isinstance(state["tensors"], Mapping):
+        wrong = "tensors must be a mapping"
+    else:
+        numbers = {name: state[name] for name in ("epoch", "window", "taken")} | dict(state["counters"])
+        kinds = [(name, _is_count(value), "0 or more") for name, value in numbers.items()]
+        kinds += [(name, state[name] is None or isinstance(state[name], dict), "a cursor") for name in _CURSORS]
+        kinds += [(name, isinstance(state[name], str), "a digest") for name in _FINGERPRINTS]
+        kinds += [("continued", isinstance(state["continued"], bool), "true or false")]
+        wrong = "; ".join(f"{name} must be {kind}" for name, right, kind in kinds if not right)
+    if wrong:
+        raise DataError(f"the loader state is damaged: {wrong}; use another checkpoint.")
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _buffer_tensors(documents: list[TokenArray]) -> dict[str, Tensor]:
@@ -113,25 +143,35 @@ def _buffer_tensors(documents: list[TokenArray]) -> dict[str, Tensor]:
     return {"buffer_tokens": torch.from_numpy(tokens), "buffer_lengths": lengths}
 
 
-def _buffer_arrays(tensors: Mapping[str, Tensor]) -> list[TokenArray]:
+def _buffer_arrays(tensors: Mapping[str, Any], vocab_size: int) -> list[TokenArray]:
     """Return the documents that `_buffer_tensors` joined, as copies.
 
     Raises:
-        DataError: If the tensors do not fit each other.
+        DataError: If the tensors do not fit each other, or hold what is no token id.
     """
-    tokens, lengths = tensors.get("buffer_tokens"), tensors.get("buffer_lengths")
-    if (
-        tokens is None
-        or lengths is None
-        or (tokens.dtype, lengths.dtype) != (torch.int32, torch.int64)
-        or bool((lengths < 1).any())
-        or int(lengths.sum()) != tokens.numel()
-    ):
+    tokens, lengths = _vector(tensors, "buffer_tokens", torch.int32), _vector(tensors, "buffer_lengths", torch.int64)
+    if bool((lengths < 1).any()) or int(lengths.sum()) != len(tokens):
         raise DataError(
-            "the loader state is damaged: buffer_lengths (int64) must be positive and sum to the number of "
-            "buffer_tokens (int32)."
+            f"the loader state is damaged: buffer_lengths must be positive and sum to the {len(tokens):,} "
+            "buffer_tokens; use another checkpoint."
         )
     if not len(lengths):
         return []
+    if int(tokens.min()) < 0 or int(tokens.max()) >= vocab_size:
+        raise DataError(
+            f"the loader state is damaged: buffer_tokens has ids from {int(tokens.min())} to {int(tokens.max())}, and "
+            f"the tokenizer has 0 to {vocab_size - 1}; use another checkpoint."
+        )
     # Each its own array: a part of a shared one would keep all of it in memory.
     return [part.copy() for part in np.split(tokens.numpy(), np.cumsum(lengths.numpy())[:-1])]
+
+
+def _vector(tensors: Mapping[str, Any], name: str, dtype: torch.dtype) -> Tensor:
+    tensor = tensors.get(name)
+    if not isinstance(tensor, Tensor) or tensor.dtype != dtype or tensor.dim() != 1:
+        kind = f"{tensor.dtype} {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else repr(tensor)
+        raise DataError(
+            f"the loader state is damaged: {name} must be one dimension of {dtype} and is {kind:.80}; "
+            "use another checkpoint."
+        )
+    return tensor.cpu()

@@ -3,9 +3,8 @@
 import hashlib
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +28,7 @@ class ValidationSet:
 
     Attributes:
         token_rows: Packed rows, `(rows, seq_len + 1)` int32, padded in the last one with `IGNORE_INDEX`.
-        batch_rows: Rows in a batch; the last batch may have fewer.
+        batch_rows: Rows in a batch; the last batch is filled up with rows that have no target.
         bos_token_id: What the model reads in padded places.
         token_bytes: UTF-8 bytes of each token id, 0 for special tokens, `(vocab,)` int64.
         num_bytes: UTF-8 bytes of all target tokens, special tokens counted as 0.
@@ -53,17 +52,19 @@ class ValidationSet:
     ) -> "ValidationSet":
         """Read a source once and pack it so that every token of every document is a target exactly once.
 
-        Documents longer than a row go on in later rows (`overflow="carry"`).
+        Documents longer than a row go on in later rows (`overflow="carry"`). With `max_tokens` the documents are the
+        first of the source, whatever their length: the choice is made before packing, which takes long ones first.
 
         Args:
             source: Documents held out from training.
             tokenizer: The model's tokenizer.
             rows: Rows in a batch.
             seq_len: Positions in a row.
-            max_tokens: Stop after this many positions, rounded down to whole rows; None packs the whole source.
+            max_tokens: Take documents in their order until they have this many tokens, `<|bos|>` not counted; the last
+                one is cut there. None takes the whole source.
 
         Raises:
-            ConfigError: If a number is not positive or `max_tokens` is less than a row.
+            ConfigError: If a number is not positive.
             DataError: If no document of the source holds a token, or the source cannot be read.
 
         Example:
@@ -74,14 +75,14 @@ class ValidationSet:
             validation = ValidationSet.from_source(embedded_corpus("validation"), ByteTokenizer(), rows=8, seq_len=256)
             ```
         """
-        for name, value in (("rows", rows), ("seq_len", seq_len)):
-            if value < 1:
+        for name, value in (("rows", rows), ("seq_len", seq_len), ("max_tokens", max_tokens)):
+            if value is not None and value < 1:
                 raise ConfigError(f"{name}={value} is not positive; choose 1 or more.")
-        if max_tokens is not None and max_tokens < seq_len:
-            raise ConfigError(f"max_tokens={max_tokens} is less than one row of seq_len={seq_len}; choose more.")
-        documents = (tokenizer.encode(text) for text, _ in source.read())
+        documents: Iterator[Sequence[int]] = (tokenizer.encode(text) for text, _ in source.read())
+        if max_tokens is not None:
+            documents = _first_tokens(documents, max_tokens)
         packed = pack_rows(documents, row_tokens=seq_len + 1, bos_token_id=tokenizer.bos_token_id, overflow="carry")
-        kept = list(islice(packed, None if max_tokens is None else max_tokens // seq_len))
+        kept = list(packed)
         if not kept:
             raise DataError("the source has no document with a token in it; give it text.")
         token_rows = torch.from_numpy(np.stack(kept))
@@ -178,10 +179,25 @@ class ValidationSet:
         return math.ceil(len(self.token_rows) / self.batch_rows)
 
     def __iter__(self) -> Iterator[Batch]:
-        """Yield the same batches every time: `Batch`es on the CPU."""
+        """Yield the same batches every time: `(batch_rows, seq_len)` on the CPU, the last one too.
+
+        One shape for all, so that a compiled model is compiled once.
+        """
         for start in range(0, len(self.token_rows), self.batch_rows):
             rows = self.token_rows[start : start + self.batch_rows]
+            if missing := self.batch_rows - len(rows):
+                rows = torch.cat([rows, rows.new_full((missing, rows.shape[1]), IGNORE_INDEX)])
             yield Batch.from_rows(rows, bos_token_id=self.bos_token_id)
+
+
+def _first_tokens(documents: Iterator[Sequence[int]], max_tokens: int) -> Iterator[Sequence[int]]:
+    """Yield documents until they have so many tokens, the last one cut."""
+    left = max_tokens
+    for tokens in documents:
+        yield tokens[:left]
+        left -= len(tokens)
+        if left <= 0:
+            return
 
 
 def _count_bytes(token_rows: Tensor, token_bytes: Tensor) -> int:

@@ -1,10 +1,11 @@
-"""Pictures of a run, drawn from its metrics.jsonl."""
+"""The picture of a run, drawn from its metrics.jsonl."""
 
 from pathlib import Path
 from typing import Any
 
-from tinygpt.errors import DataError, MissingDependencyError
+from tinygpt.errors import DataError
 from tinygpt.metrics import read_metrics
+from tinygpt.report._figure import new_figure
 
 _SMOOTHING = 0.9
 
@@ -28,10 +29,6 @@ def plot_run(
         DataError: If the file holds no step.
         MissingDependencyError: If matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise MissingDependencyError('drawing needs matplotlib: pip install "tinygpt[plot]".') from None
     metrics_file = Path(metrics_file)
     if metrics_file.is_dir():
         metrics_file = metrics_file / "metrics.jsonl"
@@ -42,7 +39,7 @@ def plot_run(
     if not steps:
         raise DataError(f"{metrics_file} holds no training step to draw.")
     evaluations = [record for record in records if record.get("event") == "evaluation" and record.get("bpb")]
-    figure = Figure(figsize=(8, 8), layout="constrained")
+    figure = new_figure(8, 8)
     loss_axes, bpb_axes, rate_axes = figure.subplots(3, 1, sharex=True, height_ratios=[3, 3, 2])
     x = [record["step"] + 1 for record in steps]
     losses = [record["loss"] for record in steps]
