@@ -18,7 +18,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0, or 1 after an error, which is printed, or 130 if the user stopped it.
     """
-    parser = argparse.ArgumentParser(prog="tinygpt", description="Prepare data for training. Everything else is used from Python.")
+    about = "Prepare data for training. Everything else is used from Python."
+    parser = argparse.ArgumentParser(prog="tinygpt", description=about)
     parser.add_argument("--version", action="version", version=f"tinygpt {tinygpt.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _tokenize.add_command(commands)
