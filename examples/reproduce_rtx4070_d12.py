@@ -107,8 +107,7 @@ def print_plan(scale: Scale, phases: list[tuple[int, int]], precision: torch.dty
     memory = training_memory(model, optimizer, rows=scale.rows, seq_len=scale.model.max_seq_len)
     parts = ", ".join(f"{part} {size / 2**20:,.0f}" for part, size in memory._asdict().items())
     print(f"model      {counts.total:,} parameters: {roles}")
-    tokens = scale.batch_tokens * scale.total_steps
-    print(f"tokens     {tokens:,}: {scale.total_steps:,} steps of {scale.batch_tokens:,}")
+    print(f"steps      {scale.total_steps:,} of {scale.batch_tokens:,} tokens")
     print(f"memory     about {memory.total / 2**20:,.0f} MiB, an estimate: {parts}")
     for number, (last_step, horizon) in enumerate(phases, start=1):
         start = horizon - round(DECAY_FRACTION * horizon)
