@@ -107,14 +107,14 @@ def print_plan(scale: Scale, phases: list[tuple[int, int]], precision: torch.dty
     memory = training_memory(model, optimizer, rows=scale.rows, seq_len=scale.model.max_seq_len)
     parts = ", ".join(f"{part} {size / 2**20:,.0f}" for part, size in memory._asdict().items())
     print(f"model      {counts.total:,} parameters: {roles}")
-    print(f"steps      {scale.total_steps:,} of {scale.batch_tokens:,} tokens")
+    steps, batch = scale.total_steps, scale.batch_tokens
+    print(f"tokens     {steps * batch:,}: {steps:,} steps of {batch:,}")
     print(f"memory     about {memory.total / 2**20:,.0f} MiB, an estimate: {parts}")
     for number, (last_step, horizon) in enumerate(phases, start=1):
         start = horizon - round(DECAY_FRACTION * horizon)
         print(f"phase {number}    to step {last_step:,}: warm-up over {scale.warmup_steps} steps, constant, ", end="")
         print(f"decay from step {start:,} to {FINAL_LR:.0%} at step {horizon:,}")
-    step = phases[0][0]
-    before, after = (schedules(scale, horizon) for _, horizon in phases)
+    step, (before, after) = phases[0][0], (schedules(scale, horizon) for _, horizon in phases)
     values = {key: (before[key](step), after[key](step)) for key in before}
     jumps = [f"{key} {old:.3g} -> {new:.3g}" for key, (old, new) in values.items() if old != new]
     print(f"at resume  step {step:,}: " + ("; ".join(jumps) or "every rate goes on as planned") + "\n", flush=True)

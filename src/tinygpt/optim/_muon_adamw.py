@@ -48,10 +48,10 @@ class MuonAdamW(torch.optim.Optimizer):
 
     Build groups with [`param_groups`][tinygpt.optim.param_groups] and rules, by hand, or let `for_model` choose. It is
     a `torch.optim.Optimizer`: torch's learning-rate schedulers (the cyclic ones with `cycle_momentum=False`),
-    `zero_grad`, `add_param_group` and `deepcopy` work. A group remembers its `initial_lr` and `initial_weight_decay` for
-    schedules to multiply. A parameter without gradient is left alone, its state too. Parameters stored in bfloat16 are
-    updated in float32 and keep float32 state; the
-    result is rounded, so changes under 0.4 % of a weight are lost: fine for embeddings, wrong for matrices.
+    `zero_grad`, `add_param_group` and `deepcopy` work. A group remembers its `initial_lr` and `initial_weight_decay`
+    for schedules to multiply. A parameter without gradient is left alone, its state too. Parameters stored in bfloat16
+    are updated in float32 and keep float32 state; the result is rounded, so changes under 0.4 % of a weight are lost:
+    fine for embeddings, wrong for matrices.
 
     Args:
         params: The groups.
