@@ -76,6 +76,7 @@ def test_processes_of_a_killed_run_end_with_it(tmp_path: Path) -> None:
     (tmp_path / "child.py").write_text(CHILD)
     child = subprocess.Popen([sys.executable, tmp_path / "child.py", tmp_path / "out", "2"], start_new_session=True)
     while not (tmp_path / "out" / "tokens-00000.bin").exists():
+        assert child.poll() is None, "it ended before it wrote a shard"
         time.sleep(0.01)
     os.kill(child.pid, signal.SIGKILL)
     child.wait()

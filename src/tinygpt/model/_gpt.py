@@ -391,7 +391,7 @@ class GPT(nn.Module):
             raise ConfigError("got a batch without rows.")
         if token_ids.shape[1] < 1 or (self.max_seq_len is not None and token_ids.shape[1] > self.max_seq_len):
             raise ConfigError(f"got {token_ids.shape[1]} tokens; this model takes 1 to {self.max_seq_len}.")
-        # Reading the extremes would make a GPU wait, where a bad id stops in a device assertion anyway.
+        # Reading the extremes would make a GPU wait; there Trainer and stream_text compare the vocabularies before.
         vocab_size = self.config.vocab_size if self.config else getattr(self.embedding, "num_embeddings", None)
         if token_ids.device.type == "cpu" and vocab_size is not None and not torch.compiler.is_compiling():
             lowest, highest = token_ids.aminmax()
