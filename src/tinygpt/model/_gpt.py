@@ -1,32 +1,22 @@
 """The GPT: parts put together."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from types import MethodType
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from tinygpt import hub
-from tinygpt.errors import CheckpointError, ConfigError
+from tinygpt.errors import ConfigError
 from tinygpt.layers import Backout, KVCache, LayerCache, LMHead, RMSNorm, Smear, TokenEmbedding
 from tinygpt.model._config import GPTConfig
 from tinygpt.model._counts import ParameterCounts
-from tinygpt.model._files import (
-    CONFIG_FILE,
-    WEIGHTS_FILE,
-    check_blocks,
-    describe_blocks,
-    load_weights,
-    read_config,
-    write_model,
-)
 from tinygpt.model._losses import IGNORED, plain_token_losses
 from tinygpt.model._parts import PartFactory, StandardAttention, standard_block, standard_mlp
+from tinygpt.model._pretrained import PretrainedFiles
 
 
-class GPT(nn.Module):
+class GPT(PretrainedFiles):
     """Embedding, blocks and head in a row.
 
     `GPT.from_config(config)` builds a standard one, `GPT(embedding=..., blocks=..., head=...)` one of your own.
@@ -295,84 +285,6 @@ class GPT(nn.Module):
         products = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
         parts: list[Any] = [m for m in self.modules() if m is not self and hasattr(m, "flops_per_token")]
         return 6 * products + sum(part.flops_per_token(length) for part in parts)
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write `config.json` and `model.safetensors`; existing ones are replaced only when the new ones are whole.
-
-        Raises:
-            ConfigError: If the model was assembled without a config.
-        """
-        if self.config is None:
-            raise ConfigError("this GPT was assembled without a config: give GPT(config=...) to save it.")
-        # Blocks that torch.compile wrapped one by one are saved under the names of the blocks.
-        weights = {name.replace("._orig_mod", ""): tensor for name, tensor in self.state_dict().items()}
-        write_model(Path(folder), self.config, describe_blocks(self.blocks), weights)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        name_or_path: str | Path,
-        *,
-        revision: str | None = None,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype | None = None,
-        cache_dir: str | Path | None = None,
-        local_files_only: bool = False,
-        token: str | None = None,
-        **parts: PartFactory,
-    ) -> Self:
-        """Load a model from a folder or from the Hugging Face Hub; every weight must be there, and no other.
-
-        Args:
-            name_or_path: A folder that `save_pretrained` or a checkpoint wrote, or `user/repository`.
-            revision: Branch, tag or commit of the repository.
-            device: Where to put the weights.
-            dtype: Cast the weights; `None` keeps what was saved.
-            cache_dir: Where downloads are kept.
-            local_files_only: Never ask the network.
-            token: Access token for a private repository.
-            **parts: The factories the model was built with, as for `from_config`.
-
-        Raises:
-            HubError: If it is neither a folder nor a repository that can be read.
-            CheckpointError: If a file is missing or damaged, or names or shapes do not fit.
-        """
-        folder = hub.resolve(
-            name_or_path, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token
-        )
-        config = read_config(folder)
-        if dtype is not None and not dtype.is_floating_point:
-            raise ConfigError(f"dtype {dtype} is not a floating-point dtype; use torch.bfloat16 for example.")
-        try:
-            with torch.device("meta"):
-                model = cls.from_config(config, **parts)
-        except (RuntimeError, OverflowError) as error:
-            raise CheckpointError(f"{folder / CONFIG_FILE} describes a model that cannot be built: {error}.") from None
-        check_blocks(folder, describe_blocks(model.blocks))
-        load_weights(model, folder / WEIGHTS_FILE, device, dtype)
-        return model
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        folder: str | Path,
-        private: bool = False,
-        branch: str | None = None,
-        commit_message: str | None = None,
-        token: str | None = None,
-    ) -> str:
-        """Save into `folder` and upload it; return the address of the commit.
-
-        Raises:
-            ConfigError: If the model was assembled without a config.
-            HubError: If the name is not one, or the upload fails after bounded retries.
-        """
-        hub.check_repo_id(repo_id)
-        self.save_pretrained(folder)
-        return hub.upload_folder(
-            Path(folder), repo_id, private=private, branch=branch, commit_message=commit_message, token=token
-        )
 
     def _role(self, name: str, parameter: nn.Parameter) -> str:
         owner = self.get_submodule(name.rpartition(".")[0])

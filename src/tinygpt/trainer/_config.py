@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
 from pydantic import Field
 
 from tinygpt.config import Config
@@ -39,21 +38,3 @@ class TrainerConfig(Config):
     save_every: Positive | None = None
     keep_last: Positive | None = 3
     compile: bool = False
-
-
-def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
-    """Return the dtype that `precision` means on a device."""
-    if precision != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[precision]
-    return torch.bfloat16 if multiplies_bfloat16_fast(device) else torch.float32
-
-
-def multiplies_bfloat16_fast(device: torch.device) -> bool:
-    """Return whether bfloat16 products run on matrix units: on NVIDIA GPUs from Ampere on, and on ROCm.
-
-    On CPUs without such units they are 20 to 40 times slower than float32 (measured on AVX2), on those with them
-    float32 is still the safe choice; on Apple GPUs they bring little.
-    """
-    return device.type == "cuda" and (
-        torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
-    )

@@ -3,32 +3,33 @@
 import contextlib
 import math
 import sys
-import warnings
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from tinygpt import metrics
 from tinygpt.checkpoint import checkpoint_folder, latest_checkpoint, list_checkpoints, remove_old_checkpoints
 from tinygpt.data import Batch
-from tinygpt.errors import CheckpointError, ConfigError, DataError, NonFiniteError
-from tinygpt.losses import LossFunction, LossSum, next_token_loss
+from tinygpt.errors import CheckpointError, ConfigError, NonFiniteError
+from tinygpt.losses import LossFunction, next_token_loss
 from tinygpt.metrics import MetricsFile, StepMetrics, Stopwatch
 from tinygpt.schedules import Schedule
 from tinygpt.tokenizer import Tokenizer
-from tinygpt.trainer import _state
 from tinygpt.trainer._arguments import check_arguments
-from tinygpt.trainer._batches import find_non_finite, read_micro_batches, to_device
 from tinygpt.trainer._changes import Change, checked_accept
-from tinygpt.trainer._config import TrainerConfig, multiplies_bfloat16_fast, resolve_precision
+from tinygpt.trainer._config import TrainerConfig
 from tinygpt.trainer._hooks import Hook
+from tinygpt.trainer._precision import set_precision
 from tinygpt.trainer._progress import progress_bar
 from tinygpt.trainer._rates import Rates
+from tinygpt.trainer._resume import load
 from tinygpt.trainer._signals import interruption, stop_on_signal
+from tinygpt.trainer._state import save
+from tinygpt.trainer._step import train_step
 
 
 class Trainer:
@@ -80,7 +81,6 @@ class Trainer:
         on_save: Callable[[Path], None] | None = None,
     ) -> None:
         check_arguments(model, optimizer, loader, config, tokenizer)
-        self._parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self.model = model
         self.optimizer = optimizer
         self.loader = loader
@@ -92,7 +92,7 @@ class Trainer:
         self.next_step = 0
         self.tokens = 0
         self.rates = Rates(optimizer, schedules or {})
-        self.precision = _set_precision(model, config.precision, self.device)
+        self.precision = set_precision(model, config.precision, self.device)
         if config.compile:
             for block in getattr(model, "blocks", [model]):
                 block.compile(dynamic=False)
@@ -192,7 +192,7 @@ class Trainer:
         with torch.no_grad():
             if not math.isfinite(torch.nn.utils.get_total_norm(list(self.model.parameters()))):
                 raise NonFiniteError(f"weights are not finite after step {self.next_step - 1}, so they are not saved.")
-        self._last_saved = _state.save(self, Path(folder))
+        self._last_saved = save(self, Path(folder))
         if self.on_save is not None:
             self.on_save(self._last_saved)
         return self._last_saved
@@ -222,7 +222,7 @@ class Trainer:
                     f"{self.checkpoint_dir} goes on after {folder.name}, up to {later[-1].name}: "
                     "to branch from an earlier step choose another out_dir; to go on use trainer.resume()."
                 )
-        changes = _state.load(self, folder, accept)
+        changes = load(self, folder, accept)
         self._last_saved = folder
         self._metrics_file = None
         if output := self._open_output():
@@ -264,62 +264,25 @@ class Trainer:
     def _train_step(self) -> StepMetrics:
         self._watch.start()
         lead = self.rates.apply(self.next_step)
-        self.model.train()
-        self.model.zero_grad()  # whatever a failed step or the user's own backward left there
-        losses: list[Tensor] = []
-        counts: list[Tensor] = []
-        batches: list[Batch] = []
-        expected = 0
-        for batch in read_micro_batches(self._batches, self.config.batch_tokens, self.next_step):
-            expected = self.config.batch_tokens or batch.targets.numel()
-            batches.append(batch)
-            loss = self.loss_fn(self.model, to_device(batch, self.device))
-            if not isinstance(loss, LossSum):
-                raise ConfigError(f"loss_fn returned a {type(loss).__name__}; return LossSum(sum, count), not a mean.")
-            # Divided by the number of positions here and by the number of targets below where they differ: one
-            # global count over all micro-batches, without waiting for the device to count.
-            (loss.total / expected).backward()  # type: ignore[no-untyped-call]
-            losses.append(loss.total.detach().float())
-            counts.append(loss.count)
-        gradients = [p.grad for p in self._parameters if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients).float()
-        # The only wait for the device in a step: all numbers in one transfer. float32 counts exactly to 16.7 million.
-        numbers = torch.stack([*losses, *(count.float() for count in counts), norm]).tolist()
-        totals, count = numbers[: len(batches)], sum(numbers[len(batches) : -1])
-        if count == 0:
-            self.optimizer.zero_grad()
-            raise DataError(f"step {self.next_step} has no target to train on: all of its batches are masked.")
-        mean, grad_norm = sum(totals) / count, numbers[-1] * expected / count
-        if not (math.isfinite(mean) and math.isfinite(grad_norm)):
-            self.optimizer.zero_grad()
-            where = find_non_finite(self.model, self.loss_fn, batches, totals, self.device)
-            raise NonFiniteError(
-                f"step {self.next_step}: "
-                + (
-                    f"the loss is not finite in {where}"
-                    if where
-                    else f"losses are finite, the gradient norm is {grad_norm}"
-                )
-                + f". The weights were not changed. Last good checkpoint: {self._last_saved or 'none was saved'}. "
-                "Lower the learning rate, set grad_clip, or look at those rows."
-            )
-        factor = expected / count
-        if self.config.grad_clip is not None and grad_norm > self.config.grad_clip:
-            factor *= self.config.grad_clip / grad_norm
-        if factor != 1.0:
-            torch._foreach_mul_(gradients, factor)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.tokens += expected
+        result = train_step(
+            self.model,
+            self.optimizer,
+            self.loss_fn,
+            self._batches,
+            index=self.next_step,
+            batch_tokens=self.config.batch_tokens,
+            grad_clip=self.config.grad_clip,
+            last_saved=self._last_saved,
+        )
+        self.tokens += result.tokens
         self.next_step += 1
-        seconds = self._watch.stop()
-        speed = expected / seconds
-        flops = self._flops_per_token(batches[0].inputs.shape[1])
+        speed = result.tokens / self._watch.stop()
+        flops = self._flops_per_token(result.seq_len)
         mfu = None if flops is None or not self._peak_flops else speed * flops / self._peak_flops
         return StepMetrics(
             index=self.next_step - 1,
-            loss=mean,
-            grad_norm=grad_norm,
+            loss=result.loss,
+            grad_norm=result.grad_norm,
             lr=float(lead["lr"]),
             weight_decay=float(lead.get("weight_decay", 0.0)),
             momentum=lead.get("momentum"),
@@ -371,23 +334,3 @@ class Trainer:
         except OSError as error:
             raise ConfigError(f"out_dir={str(self.config.out_dir)!r} cannot be written: {error}.") from None
         return self._metrics_file
-
-
-def _set_precision(model: nn.Module, precision: str, device: torch.device) -> torch.dtype:
-    """Give the model its compute dtype and return it."""
-    setter = getattr(model, "set_compute_dtype", None)
-    chosen = getattr(model, "compute_dtype", None)
-    dtype = chosen if precision == "auto" and chosen is not None else resolve_precision(precision, device)
-    if setter is not None:
-        # Nothing to set for float32 on its own: the model then follows its embedding, also on another device later.
-        setter(None if precision == "auto" and dtype == torch.float32 else dtype)
-    elif precision == "bfloat16":
-        raise ConfigError(
-            "precision='bfloat16' needs a model with set_compute_dtype(), as GPT has; "
-            "for another model use torch.autocast inside loss_fn and precision='auto'."
-        )
-    else:
-        dtype = next(model.parameters()).dtype
-    if dtype == torch.bfloat16 and not multiplies_bfloat16_fast(device):
-        warnings.warn(f"bfloat16 products are slow on this {device.type} device; float32 is faster.", stacklevel=3)
-    return dtype
