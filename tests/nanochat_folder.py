@@ -144,3 +144,49 @@ def logits_of(
         x = x - weights["backout_lambda"] * middle
     logits = (norm(x) @ weights["lm_head.weight"].T)[..., : config["vocab_size"]]
     return cap * torch.tanh(logits / cap)
+
+
+def optimizer_state(weights: dict[str, Tensor]) -> dict[str, Any]:
+    """A state of one process in nanochat's layout, with moments of an invented past."""
+    matrices = [name for name in weights if name.startswith("transformer.h.")]
+    # nanochat makes gates after the four projections of an attention, and the MLP after those.
+    parts = ["c_q", "c_k", "c_v", "attn.c_proj", "ve_gate", "c_fc", "mlp.c_proj"]
+    matrices.sort(key=lambda name: (int(name.split(".")[2]), next(i for i, part in enumerate(parts) if part in name)))
+    adamw = {
+        0.004: ["lm_head.weight"],
+        0.2: ["transformer.wte.weight"],
+        0.1: [name for name in weights if name.startswith("value_embeds.")],
+        0.005: ["resid_lambdas"],
+        0.5: ["x0_lambdas"],
+        0.21: ["smear_gate.weight", "smear_lambda", "backout_lambda"],
+    }
+    state: dict[int, dict[str, Any]] = {}
+    groups: list[dict[str, Any]] = []
+    for lr, names in adamw.items():
+        ids = list(range(len(state), len(state) + len(names)))
+        options = {"kind": "adamw", "betas": (0.8, 0.95), "eps": 1e-10, "weight_decay": 0.0}
+        groups.append({"params": ids, "lr": lr, "initial_lr": lr, **options})
+        for place, name in zip(ids, names, strict=True):
+            moment = 1e-3 * torch.ones_like(weights[name])
+            state[place] = {"step": 100, "exp_avg": moment, "exp_avg_sq": moment.square()}
+    place = len(state)
+    for rows, cols in sorted({tuple(weights[name].shape) for name in matrices}):
+        count = sum(tuple(weights[name].shape) == (rows, cols) for name in matrices)
+        options = {"kind": "muon", "momentum": 0.97, "ns_steps": 5, "beta2": 0.9, "weight_decay": 0.05}
+        groups.append({"params": list(range(place, place + count)), "lr": 0.02, "initial_lr": 0.02, **options})
+        factored = (rows, 1) if rows >= cols else (1, cols)
+        state[place] = {
+            "momentum_buffer": 1e-3 * torch.randn(count, rows, cols, generator=torch.Generator().manual_seed(place)),
+            "second_momentum_buffer": torch.full((count, *factored), 1 / max(rows, cols)),
+        }
+        place += count
+    return {"state": state, "param_groups": groups}
+
+
+def write_example(base: Path) -> None:
+    """Write what the guide "From nanochat" reads: a small model at step 100, its optimizer and its tokenizer."""
+    config = {"sequence_len": 64, "vocab_size": 270, "n_layer": 2, "n_head": 2, "n_kv_head": 2, "n_embd": 32}
+    weights = random_weights(config, era=3)
+    write_tokenizer(base / "tokenizer")
+    folder = base / "base_checkpoints" / "d12"
+    write_folder(folder, weights, config | {"window_pattern": "SSSL"}, optimizers=[optimizer_state(weights)])

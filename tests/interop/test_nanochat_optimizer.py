@@ -188,6 +188,7 @@ def test_rates_and_settings_come_from_the_file(nanochat: Nanochat, recording: Re
     found = {group["param_names"][0]: group for group in optimizer.param_groups}
     saved = {group["params"][0]: group for group in nanochat.groups}
     for ours, theirs in (("head.weight", "lm_head.weight"), ("embedding.weight", "transformer.wte.weight")):
+        assert found[ours]["initial_weight_decay"] == saved[theirs]["weight_decay"]
         for key in ("lr", "initial_lr", "betas", "eps", "weight_decay"):
             assert found[ours][key] == (tuple(saved[theirs][key]) if key == "betas" else saved[theirs][key])
     assert found["blocks.0.x0_scale"]["initial_lr"] == saved["x0_lambdas"]["initial_lr"]

@@ -86,7 +86,7 @@ def test_hostile_pickles_run_nothing(tmp_path: Path) -> None:
             with pytest.raises(DataError, match=r"the pickle (uses|asks for|is not)"):
                 load_tokenizer_pickle(path)
     path.write_bytes(with_state(name=Calls(os.mkdir, str(touched))))
-    with pytest.raises(DataError, match=r"asks for posix\.mkdir; only tiktoken\.core\.Encoding is known"):
+    with pytest.raises(DataError, match=r"asks for (posix|nt)\.mkdir; only tiktoken\.core\.Encoding is known"):
         load_tokenizer_pickle(path)
     assert not touched.exists()
 
@@ -122,9 +122,9 @@ def test_what_is_no_pickled_encoding_is_refused(content: bytes, message: str, tm
         load_tokenizer_pickle(path)
 
 
-def test_a_dictionary_that_holds_itself_is_refused(tmp_path: Path) -> None:
+def test_dictionaries_that_hold_themselves_or_are_nested_deeply_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.pkl"
-    path.write_bytes(b"\x80\x04}\x94\x8c\x01ah\x00s" + b"}\x8c\x01b" * 100_000 + b".")
+    path.write_bytes(b"\x80\x04}\x94\x8c\x01ah\x00s" + b"}\x8c\x01b" * 100_000 + b"}" + b"s" * 100_000 + b".")
     with pytest.raises(DataError, match="is not that of"):
         load_tokenizer_pickle(path)
 

@@ -1,7 +1,7 @@
 """From nanochat's config and weights to ours, and what its versions differ by."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -28,16 +28,21 @@ _GATE_CHANNELS, _SMEAR_CHANNELS = 12, 24
 
 
 class _Version(NamedTuple):
-    """What a version computes with and does not write down; the short window as a share of the sequence."""
+    """What a version computes with and does not write down."""
 
     rope_base: float
     qk_scale: float
-    short_window: tuple[int, int]  # divided by the first, rounded up to a multiple of the second
+    short_window: Callable[[int], int]  # of the length of a sequence
 
 
-_UNTIL_MARCH_2026 = _Version(10_000.0, 1.0, (2, 1))
-_MARCH_2026 = _Version(100_000.0, 1.15, (3, 128))  # gates of 12 channels, no smear yet: until 14 March
-_SINCE_SMEAR = _Version(100_000.0, 1.2, (4, 128))
+def _share_in_tiles(parts: int) -> Callable[[int], int]:
+    """Return the function to a share of the sequence, rounded up to a multiple of 128."""
+    return lambda length: -(-length // (128 * parts)) * 128
+
+
+_UNTIL_MARCH_2026 = _Version(10_000.0, 1.0, lambda length: length // 2)
+_MARCH_2026 = _Version(100_000.0, 1.15, _share_in_tiles(3))  # gates of 12 channels, no smear yet: until 14 March
+_SINCE_SMEAR = _Version(100_000.0, 1.2, _share_in_tiles(4))
 
 
 def convert_state_dict(
@@ -93,7 +98,7 @@ def convert_state_dict(
     value_layers = [layer for layer in range(layers) if layer % 2 == (layers - 1) % 2]
     value_parts = [f"{part}.weight" for n in value_layers for part in (f"value_embeds.{n}", _gate(n))]
     has_values = _whole_set(tensors, value_parts)
-    if has_smear > has_values or has_values > has_lambdas:
+    if (has_smear and not has_values) or (has_values and not has_lambdas):
         raise CheckpointError(
             "no version of nanochat wrote these parts together: smear came after value embeddings, and those after "
             f"lambdas; here smear is {has_smear}, value embeddings {has_values}, lambdas {has_lambdas}."
@@ -104,12 +109,7 @@ def convert_state_dict(
     version = _SINCE_SMEAR if has_smear else _MARCH_2026 if has_values else _UNTIL_MARCH_2026
     known: dict[str, Any] = {"rope_base": version.rope_base, "qk_scale": version.qk_scale, "soft_cap": 15.0}
     if "S" in numbers["window_pattern"]:
-        share, multiple = version.short_window
-        known["short_window_tokens"] = (
-            numbers["max_seq_len"] // share
-            if multiple == 1
-            else -(-numbers["max_seq_len"] // share // multiple) * multiple
-        )
+        known["short_window_tokens"] = version.short_window(numbers["max_seq_len"])
     if unknown := sorted(set(constants) - set(_CONSTANTS)):
         raise ConfigError(
             f"{', '.join(unknown)} cannot be given; {', '.join(_CONSTANTS)} can, the rest is in the files."

@@ -53,7 +53,7 @@ def load_optimizer_state(folder: str | Path, optimizer: MuonAdamW, step: int | N
     decay of each group become those of the file, `initial_lr` included, so make the optimizer and load this before
     the `Trainer`, which reads them. Two things are in nanochat's code alone and stay as the optimizer has them:
     `row_equilibration` and `norm_renormalization` (both on in nanochat of July 2026, off in May), and
-    `initial_weight_decay`, on which a schedule works.
+    the `initial_weight_decay` of Muon, which its schedule multiplies.
 
     Args:
         folder: The checkpoint's folder, with `optim_NNNNNN_rankR.pt`.
@@ -166,6 +166,8 @@ def _merge(groups: list[_Group], shards: list[dict[str, Any]]) -> tuple[dict[str
         saved = shards[0]["param_groups"][index]
         chosen = {"kind": group.kind} | {ours: saved[theirs] for theirs, ours in _OPTIONS[group.kind].items()}
         chosen["initial_lr"] = saved.get("initial_lr", saved["lr"])
+        if group.kind == "adamw":  # that of Muon follows a schedule, and what it began with is not written down
+            chosen["initial_weight_decay"] = saved["weight_decay"]
         options |= dict.fromkeys(group.shapes, chosen)
         places = [shard["param_groups"][index]["params"] for shard in shards]
         if group.kind == "muon":
