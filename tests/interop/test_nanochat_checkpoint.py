@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -204,6 +205,23 @@ def test_a_truncated_model_file_is_refused(folder: Path, cut: float) -> None:
     content = path.read_bytes()
     path.write_bytes(content[: int(cut * len(content)) if isinstance(cut, float) else cut])
     with pytest.raises(CheckpointError, match="is damaged"):
+        load_checkpoint(folder)
+
+
+def test_a_flipped_bit_in_a_weight_is_refused(folder: Path) -> None:
+    path = folder / "model_000200.pt"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"is damaged.*the checksum of .*data/\d+ is wrong"):
+        load_checkpoint(folder)
+
+
+def test_a_compressed_model_file_is_refused(folder: Path) -> None:
+    path = folder / "model_000200.pt"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", bytes(10_000_000))
+    with pytest.raises(CheckpointError, match="its parts are compressed or overlap"):
         load_checkpoint(folder)
 
 

@@ -1,6 +1,7 @@
 """A checkpoint folder of nanochat: finding its files, reading them without trusting them."""
 
 import re
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,6 +146,7 @@ def read_tensors(path: Path) -> Any:
         CheckpointError: If it cannot be read or holds anything else.
     """
     try:
+        _check_archive(path)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing.") from None
@@ -155,6 +157,21 @@ def read_tensors(path: Path) -> Any:
             f"{path} is damaged, older than torch's zip format, or holds more than tensors, and was not loaded "
             f"({type(error).__name__}: {reason})"
         ) from None
+
+
+def _check_archive(path: Path) -> None:
+    """Read the file through and compare its checksums, which torch leaves unread when it maps the file.
+
+    Raises:
+        BadZipFile: If one differs, or a part is compressed, which torch's are not.
+    """
+    with zipfile.ZipFile(path) as archive:
+        parts = archive.infolist()
+        stored = all(part.compress_type == zipfile.ZIP_STORED for part in parts)
+        if not stored or sum(part.file_size for part in parts) > path.stat().st_size:
+            raise zipfile.BadZipFile("its parts are compressed or overlap")
+        if damaged := archive.testzip():
+            raise zipfile.BadZipFile(f"the checksum of {damaged} is wrong")
 
 
 def _read_metadata(path: Path, step: int) -> Metadata:
