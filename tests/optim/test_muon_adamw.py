@@ -242,6 +242,7 @@ REFUSED: list[tuple[Callable[[], Any], str]] = [
     (lambda: MuonAdamW([group_of(weight_decay=True)]), "weight_decay=True must be"),
     (lambda: MuonAdamW([group_of(momentum=1.0)]), "momentum=1.0 must be at least 0 and below 1"),
     (lambda: MuonAdamW([group_of(polar_steps=9)]), "polar_steps=9 is not possible; choose 1 to 5"),
+    (lambda: MuonAdamW([group_of(polar_dtype="fp8")]), "polar_dtype='fp8' is not known; choose 'auto', 'float32'"),
     (lambda: MuonAdamW([group_of("adamw", betas=(0.9, 1.5))]), r"betas=\(0\.9, 1\.5\) must be at least 0"),
     (lambda: MuonAdamW([group_of("adamw", betas=0.9)]), "betas=0.9 must be two numbers"),
     (lambda: MuonAdamW([group_of(params=pairs_of(bias=(3,), conv=(2, 2, 1)))]), r"bias \(3,\), conv \(2, 2, 1\)"),
@@ -295,3 +296,15 @@ def test_a_compiled_model_has_the_names_of_the_plain_one() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     names = [g["param_names"] for g in MuonAdamW.for_model(torch.compile(model, backend="eager")).param_groups]
     assert names == [g["param_names"] for g in MuonAdamW.for_model(model).param_groups]
+
+
+def test_polar_dtype_sets_the_precision_of_the_products() -> None:
+    ends = {}
+    for dtype in ("auto", "float32", "bfloat16"):
+        weight = torch.nn.Parameter(torch.eye(24, 40))
+        weight.grad = torch.randn(24, 40, generator=torch.Generator().manual_seed(1))
+        MuonAdamW([{"params": [("w", weight)], "kind": "muon", "lr": 0.1, "polar_dtype": dtype}]).step()
+        ends[dtype] = weight.detach()
+    assert torch.equal(ends["auto"], ends["float32"])  # on a CPU, where bfloat16 is slow on most
+    assert not torch.equal(ends["bfloat16"], ends["float32"])
+    torch.testing.assert_close(ends["bfloat16"], ends["float32"], rtol=0, atol=3e-3)

@@ -88,3 +88,13 @@ def test_vectors_are_refused() -> None:
 def test_an_impossible_number_of_steps_is_refused(steps: int) -> None:
     with pytest.raises(ConfigError, match=f"steps={steps} is not possible; choose 1 to 5"):
         orthogonalize(torch.ones(3, 3), steps=steps)
+
+
+@pytest.mark.parametrize(("rows", "cols"), [(300, 700), (513, 220), (700, 300), (600, 600)])
+def test_large_matrices_multiplied_by_halves_end_where_small_ones_do(rows: int, cols: int) -> None:
+    small = torch.randn(2, 200, 200, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    padded = torch.zeros(2, rows, cols, dtype=torch.float64)
+    padded[:, -200:, -200:] = small  # zero rows and columns change no product
+    expected = torch.zeros_like(padded)
+    expected[:, -200:, -200:] = orthogonalize(small)
+    torch.testing.assert_close(orthogonalize(padded), expected, rtol=1e-9, atol=1e-12)

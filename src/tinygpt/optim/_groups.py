@@ -14,6 +14,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "beta2": 0.9,
         "weight_decay": 0.0,
         "polar_steps": 5,
+        "polar_dtype": "auto",
         "row_equilibration": False,
         "norm_renormalization": False,
     },
@@ -81,6 +82,8 @@ def check_options(options: dict[str, Any]) -> None:
     polar_steps = options.get("polar_steps", 5)
     if not isinstance(polar_steps, int) or not 1 <= polar_steps <= 5:
         raise ConfigError(f"polar_steps={polar_steps!r} is not possible; choose 1 to 5.")
+    if (polar_dtype := options.get("polar_dtype", "auto")) not in ("auto", "float32", "bfloat16"):
+        raise ConfigError(f"polar_dtype={polar_dtype!r} is not known; choose 'auto', 'float32' or 'bfloat16'.")
 
 
 def _is_number(value: Any) -> bool:

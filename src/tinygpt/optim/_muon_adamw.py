@@ -43,6 +43,7 @@ class MuonAdamW(torch.optim.Optimizer):
     | | `beta2` | 0.9 | decay of the second moment of NorMuon |
     | | `weight_decay` | 0.0 | cautious, times `lr` |
     | | `polar_steps` | 5 | iterations of the orthogonalization |
+    | | `polar_dtype` | "auto" | dtype of its products; "float32", "bfloat16", or what the device does fast and well |
     | | `row_equilibration` | False | one norm for all rows before it (MuonEq) |
     | | `norm_renormalization` | False | fixed Frobenius norm after it (Muon+) |
 
@@ -244,6 +245,7 @@ class MuonAdamW(torch.optim.Optimizer):
         momentum = stack.momentum if whole else stack.momentum[present]
         second_moment = stack.second_moment if whole else stack.second_moment[present]
         rates = {key: group[key] for key in ("lr", "momentum", "beta2", "weight_decay")}
+        dtype = group["polar_dtype"]
         if self._muon_update is None:
             self._muon_update = torch.compile(muon_update, dynamic=False) if self.compile else muon_update
         if self.compile:
@@ -258,7 +260,7 @@ class MuonAdamW(torch.optim.Optimizer):
             polar_steps=group["polar_steps"],
             row_equilibration=group["row_equilibration"],
             norm_renormalization=group["norm_renormalization"],
-            polar_dtype=fast_dtype(momentum),
+            polar_dtype=fast_dtype(momentum) if dtype == "auto" else getattr(torch, dtype),
         )
         if not whole:
             stack.momentum[present] = momentum

@@ -15,6 +15,9 @@ _COEFFICIENTS = (
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 )
 
+# Products of smaller blocks cost more than the symmetry saves.
+_SMALLEST_BLOCK = 128
+
 
 def orthogonalize(matrices: Tensor, *, steps: int = 5, dtype: torch.dtype | None = None) -> Tensor:
     """Move every singular value of each matrix close to one, keeping the singular vectors.
@@ -59,14 +62,38 @@ def orthogonalize(matrices: Tensor, *, steps: int = 5, dtype: torch.dtype | None
     norm: Tensor = stack.norm(dim=(-2, -1), keepdim=True)
     x = (stack / (norm * 1.01 + 1e-6)).to(dtype or fast_dtype(matrices))
     for a, b, c in _COEFFICIENTS[:steps]:
+        wide = x.mT if rows > cols else x
+        gram = _symmetric_product(wide, wide.new_empty(len(x), wide.shape[1], wide.shape[1]), beta=0, alpha=1)
+        polynomial = _symmetric_product(gram, gram, beta=b, alpha=c)
         # baddbmm folds the sum into the product: 150 instead of 90 GFLOP/s on two CPU cores.
-        if rows > cols:
-            gram = x.mT @ x
-            x = torch.baddbmm(x, x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), beta=a)
-        else:
-            gram = x @ x.mT
-            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        x = torch.baddbmm(x, x, polynomial, beta=a) if rows > cols else torch.baddbmm(x, polynomial, x, beta=a)
     return x.to(matrices.dtype).reshape(matrices.shape)
+
+
+def _symmetric_product(x: Tensor, symmetric: Tensor, *, beta: float, alpha: float) -> Tensor:
+    """Return `beta * symmetric + alpha * x @ x.mT` for each matrix of a stack.
+
+    The result is symmetric. On a CPU only the blocks on and below its diagonal are multiplied and the others copied,
+    which takes 0.68 of the time at 768 rows. A GPU is busier with one large product than with many small ones.
+    """
+    if x.device.type != "cpu" or x.shape[-2] < 2 * _SMALLEST_BLOCK or torch.compiler.is_compiling():
+        return torch.baddbmm(symmetric, x, x.mT, beta=beta, alpha=alpha)
+    result = torch.empty_like(symmetric)
+    for matrix, added, out in zip(x, symmetric, result, strict=True):
+        _by_halves(matrix, added, out, beta, alpha, depth=2)
+    return result
+
+
+def _by_halves(x: Tensor, added: Tensor, out: Tensor, beta: float, alpha: float, depth: int) -> None:
+    half = len(x) // 2
+    if depth == 0 or half < _SMALLEST_BLOCK:
+        torch.addmm(added, x, x.mT, beta=beta, alpha=alpha, out=out)
+        return
+    top, bottom = slice(None, half), slice(half, None)
+    for part in (top, bottom):
+        _by_halves(x[part], added[part, part], out[part, part], beta, alpha, depth - 1)
+    torch.addmm(added[bottom, top], x[bottom], x[top].mT, beta=beta, alpha=alpha, out=out[bottom, top])
+    out[top, bottom] = out[bottom, top].mT
 
 
 def fast_dtype(tensor: Tensor) -> torch.dtype:
