@@ -1,92 +1,244 @@
 """Continuing a run from a checkpoint, after comparing the two."""
 
 import logging
-from collections.abc import Collection, Mapping
+from bisect import bisect_right
+from collections.abc import Mapping
+from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from tinygpt.checkpoint import load_state, verify
+from tinygpt.checkpoint import latest_checkpoint, list_checkpoints, load_state, verify
 from tinygpt.data import BatchLoader
-from tinygpt.errors import CheckpointError, TinyGPTError
-from tinygpt.trainer._changes import Change, compare_rates, compare_values, format_changes, refuse_unaccepted
+from tinygpt.errors import CheckpointError, ConfigError, TinyGPTError
+from tinygpt.trainer._changes import (
+    UNKNOWN,
+    Change,
+    checked_accept,
+    compare_rates,
+    compare_values,
+    format_changes,
+    judged,
+    unaccepted,
+)
+from tinygpt.trainer._identity import compare_groups, dealing, group_members, loader_facts
+from tinygpt.trainer._plan import declared_changes
 from tinygpt.trainer._random import restore_random_state
-from tinygpt.trainer._state import WEIGHTS_FILE, environment, loader_state, model_config, plain_module, settings
+from tinygpt.trainer._rates import REWARMED, Rewarm
+from tinygpt.trainer._state import WEIGHTS_FILE, environment, model_config, plain_module, settings
+from tinygpt.trainer._ways import ways_on
 
 if TYPE_CHECKING:
     from tinygpt.trainer._trainer import Trainer
 
-_TOPICS = {"tokens of a step": "schedule", "loss": "model"}
-
 logger = logging.getLogger("tinygpt")
 
 
-def load(trainer: "Trainer", folder: Path, accept: Collection[str]) -> list[Change]:
-    """Compare, refuse what was not accepted, then load loader, optimizer, weights and random state, all or nothing."""
+def newest_whole(parent: Path | None) -> Path | None:
+    """Return the newest whole checkpoint of a run and set damaged ones after it aside; `None` if there is none.
+
+    Raises:
+        ConfigError: If the run has no folder.
+        CheckpointError: If there are checkpoints and none is whole.
+    """
+    if parent is None:
+        raise ConfigError("resume looks into the out_dir of the TrainerConfig, and there is none.")
+    if not parent.exists():
+        return None
+    folder = latest_checkpoint(parent)
+    found = list_checkpoints(parent)
+    if folder is None and found:
+        raise CheckpointError(f"no checkpoint in {parent} is whole; choose another out_dir to start over.")
+    if folder is None:
+        return None
+    for damaged in found[found.index(folder) + 1 :]:
+        damaged.rename(damaged.with_name(f"damaged-{damaged.name}"))
+    return folder
+
+
+def refuse_going_back(folder: Path, own: Path | None) -> None:
+    """Refuse an earlier checkpoint of the run's own folder, whose later ones belong to another course of the run."""
+    if own is None or folder.parent.resolve() != own.resolve():
+        return
+    later = [path for path in list_checkpoints(own) if path.name > folder.name]
+    if later:
+        raise CheckpointError(
+            f"{own} goes on after {folder.name}, up to {later[-1].name}: "
+            "to branch from an earlier step choose another out_dir; to go on use trainer.resume()."
+        )
+
+
+def load(trainer: "Trainer", folder: Path, accept: set[str], rewarm_steps: int | None) -> list[Change]:
+    """Compare, refuse what was not accepted, then load loaders, optimizer, weights and random state, all or nothing."""
     state = load_state(folder)
     if WEIGHTS_FILE not in verify(folder):
         raise CheckpointError(f"{folder} holds no {WEIGHTS_FILE}.")
     weights = load_file(folder / WEIGHTS_FILE)
-    loader: Any = trainer.loader
-    before = loader_state(trainer)
+    loaders = {id(each): each for each in trainer.course.loaders if hasattr(each, "state_dict")}.values()
+    before = [(each, each.state_dict()) for each in loaders]
+    rewarm_before = trainer.rates.rewarm
     try:
         was, now = state["optimizer_class"], type(trainer.optimizer).__name__
         if was != now:
             raise CheckpointError(f"{folder} was saved with {was}, and this run has {now}: build the same optimizer.")
-        changes = _compare(trainer, state)
-        refuse_unaccepted(changes, accept)
         progress = (int(state["next_step"]), int(state["tokens"]), float(state["elapsed_seconds"]))
+        resumption = _Resumption(trainer, state)
+        changes = [*resumption.compare_rates(rewarm_steps), *resumption.compare_rest()]
+        if resumption.begins_phase:
+            accept = accept | checked_accept(trainer.phases[resumption.phase].accept)
+        if refused := unaccepted(changes, accept):
+            raise CheckpointError(ways_on(trainer, folder, state, refused))
         _check_weights(plain_module(trainer.model), weights)
-        _load_loader(trainer, state["loader"], accept)
+        resumption.load_loaders(accept)
         trainer.optimizer.load_state_dict(state["optimizer"])
         trainer.rates.restore_settings()
         plain_module(trainer.model).load_state_dict(weights, strict=True)
         restore_random_state(state["random"])
-    except (TinyGPTError, KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        if before is not None:
-            loader.load_state_dict(before)  # as if nothing had been tried
-        if isinstance(error, CheckpointError):
+    except BaseException as error:
+        trainer.rates.rewarm = rewarm_before
+        for each, position in before:
+            each.load_state_dict(position)  # as if nothing had been tried
+        if isinstance(error, CheckpointError | ConfigError) or not isinstance(
+            error, TinyGPTError | KeyError | TypeError | ValueError | AttributeError | RuntimeError
+        ):
             raise
         raise CheckpointError(f"{folder} does not fit this run: {error}") from None
     trainer.set_progress(*progress)
+    trainer.evaluations.go_on_from(state.get("identity", {}).get("validation set"), may_change="data" in accept)
     if changes:
         logger.warning("going on from %s at step %d, with changes:\n%s", folder, progress[0], format_changes(changes))
     return changes
 
 
-def _compare(trainer: "Trainer", state: dict[str, Any]) -> list[Change]:
-    facts = model_config(plain_module(trainer.model))
-    return [
-        *compare_rates(state["rates"], trainer.rates.at(state["next_step"])),
-        *compare_values(state["model_config"], facts, prefix="model ", topics="model"),
-        *_compare_loader(state["loader"], loader_state(trainer)),
-        *_known(compare_values(state["settings"], settings(trainer), topics=_TOPICS)),
-        *compare_values(state["environment"], environment(trainer)),
-    ]
+class _Resumption:
+    """The step at which a run goes on, seen from the checkpoint and from the run.
 
+    Attributes:
+        step: The next step.
+        phase: The run's phase that it lies in.
+        begins_phase: Whether a phase begins there that the run of the checkpoint did not have: what it changes was
+            declared.
+    """
 
-def _known(changes: list[Change]) -> list[Change]:
-    """Leave out what one side does not know: a loader of one's own need not tell the size of its batches."""
-    return [c for c in changes if c.name != "tokens of a step" or None not in (c.was, c.will_be)]
+    def __init__(self, trainer: "Trainer", state: Mapping[str, Any]) -> None:
+        self._trainer, self._state = trainer, state
+        self._course = trainer.course
+        self.step = int(state["next_step"])
+        self.phase = self._course.index_at(self.step)
+        ends = list(accumulate(each["steps"] for each in state.get("phases", [])))
+        self.begins_phase = self.step in self._course.boundaries and bisect_right(ends[:-1], self.step) != self.phase
+        # The checkpoint's loader is that of the phase that its run was in; those of earlier phases are by number.
+        self._present = self.phase - (1 if self.begins_phase else 0)
+        loaders = self._course.loaders
+        self._positions = {self._present: state.get("loader")}
+        for index, position in state.get("other loaders", {}).items():
+            if int(index) < len(loaders) and loaders[int(index)] is not loaders[self._present]:
+                self._positions[int(index)] = position
 
+    def compare_rates(self, rewarm_steps: int | None) -> list[Change]:
+        """Compare the rates of the next step, with the window of an earlier resume, or with a new one if asked for."""
+        rates, saved = self._trainer.rates, self._state.get("rates")
+        if rewarm_steps is not None and (type(rewarm_steps) is not int or rewarm_steps < 1):
+            raise ConfigError(f"rewarm_steps={rewarm_steps!r} is not a number of steps; choose 1 or more.")
+        window = self._state.get("rewarm")
+        rates.rewarm = None if window is None else Rewarm(**window)
+        if saved is None:
+            return compare_values({}, {"rates of the next step": "as planned"})
+        now = rates.at(self.step)
+        was = {group: {k: saved[group][k] for k in REWARMED if k in now[group].keys() & saved[group].keys()}
+               for group in now.keys() & saved.keys()}  # fmt: skip
+        if rewarm_steps is None or all(now[group][key] == was[group][key] for group in was for key in was[group]):
+            # Also inside the window of an earlier resume: run again with the same arguments, a run goes on the same.
+            return compare_rates(saved, now)
+        left = self._trainer.config.num_steps - self.step
+        if rewarm_steps > left:
+            raise ConfigError(f"rewarm_steps={rewarm_steps} is longer than what is left of the run, {left:,} steps.")
+        rates.rewarm = Rewarm(self.step, rewarm_steps, was)
+        at_end = rates.at(rates.rewarm.end)
+        over = compare_rates(was, {group: {key: at_end[group][key] for key in was[group]} for group in was})
+        named = [replace(each, name=f"{each.name} over {rewarm_steps:,} steps", topic="") for each in over]
+        return [*named, *compare_rates(saved, rates.at(self.step))]
 
-def _compare_loader(saved: dict[str, Any] | None, now: dict[str, Any] | None) -> list[Change]:
-    if saved is None or now is None:
-        # Without a position the data starts over, which nobody would see in the loss for a while.
-        return [Change("loader position", "saved" if saved else "not saved", "starts over", "data")]
-    keys = ("source_fingerprint", "tokenizer_fingerprint")
-    return compare_values({k: saved.get(k) for k in keys}, {k: now.get(k) for k in keys}, topics="data")
+    def compare_rest(self) -> list[Change]:
+        """Compare everything but the rates."""
+        trainer, state = self._trainer, self._state
+        identity, validation = state.get("identity", {}), trainer.evaluations.own
+        changes = compare_groups(identity.get("groups"), group_members(trainer))
+        model = model_config(plain_module(trainer.model))
+        changes += compare_values(state.get("model_config", {}), model, prefix="model ")
+        for index in self._positions:
+            changes += self._compare_loader(index)
+        if validation is not None and (known := identity.get("validation set", UNKNOWN)) is not None:
+            changes += compare_values({"validation set": known}, {"validation set": validation})
+        changes += self._compare_phases()
+        changes += self._compare_settings()
+        return [*changes, *compare_values(state.get("environment", {}), environment(trainer))]
 
+    def load_loaders(self, accept: set[str]) -> None:
+        """Put every loader to its position, except those that start over."""
+        for index, position in self._positions.items():
+            loader = self._course.loaders[index]
+            over = not self._is_needed(index) and self._facts_that_differ(index)
+            if position is None or not hasattr(loader, "load_state_dict") or over or self._starts_over(index):
+                continue
+            if isinstance(loader, BatchLoader):
+                loader.load_state_dict(position, allow_source_change="data" in accept)
+            else:
+                loader.load_state_dict(position)
 
-def _load_loader(trainer: "Trainer", saved: dict[str, Any] | None, accept: Collection[str]) -> None:
-    if saved is None or not hasattr(trainer.loader, "load_state_dict"):
-        return
-    if isinstance(trainer.loader, BatchLoader):
-        trainer.loader.load_state_dict(saved, allow_source_change="data" in accept)
-    else:
-        trainer.loader.load_state_dict(saved)
+    def _compare_loader(self, index: int) -> list[Change]:
+        position = self._positions[index]
+        if position is None or not hasattr(self._course.loaders[index], "load_state_dict"):
+            # Without a position the data starts over, which nobody would see in the loss for a while.
+            changes = [judged("loader position", "saved" if position else "not saved", "starts over")]
+        else:
+            changes = self._facts_that_differ(index)
+            if self._starts_over(index):
+                changes.append(judged("loader position", "saved", "starts over"))
+        if index != self._present:
+            changes = [replace(change, name=f"phase {index + 1} {change.name}") for change in changes]
+        return changes if self._is_needed(index) else [replace(change, topic="") for change in changes]
+
+    def _is_needed(self, index: int) -> bool:
+        """Return whether a loader is still to be read from."""
+        return any(loader is self._course.loaders[index] for loader in self._course.loaders[self._present :])
+
+    def _facts_that_differ(self, index: int) -> list[Change]:
+        loader, position = self._course.loaders[index], self._positions[index]
+        if position is None or not hasattr(loader, "state_dict"):
+            return []
+        saved = self._state.get("identity", {}).get("loader", {}) if index == self._present else {}
+        dealt = dealing(loader) if index == self._present else {}
+        return compare_values(loader_facts(position, saved), loader_facts(loader.state_dict(), dealt))
+
+    def _starts_over(self, index: int) -> bool:
+        """Return whether a position cannot be gone on from: its rows are of another length, packing, order or text."""
+        kept = ("source_fingerprint", "loader weights")
+        return any(change.topic and change.name not in kept for change in self._facts_that_differ(index))
+
+    def _compare_phases(self) -> list[Change]:
+        saved = self._state.get("phases", [])
+        own = [{"name": phase.name, "steps": phase.steps} for phase in self._course.phases]
+        if saved == own or max(len(saved), len(own)) == 1:
+            return []  # the horizon of a run of one phase is compared as num_steps
+        texts = [" + ".join(f"{each['name']} {each['steps']:,}".strip() for each in phases) for phases in (saved, own)]
+        return [judged("phases", texts[0] or UNKNOWN, texts[1])]
+
+    def _compare_settings(self) -> list[Change]:
+        saved, now = self._state.get("settings", {}), settings(self._trainer)
+        # A run without a schedule is not one of which nothing is known.
+        saved = {**{key: None for key in now if key.startswith("schedule ")}, **saved}
+        if saved.get("tokens of a step") is None or now["tokens of a step"] is None:  # a loader need not tell
+            saved, now = ({k: v for k, v in each.items() if k != "tokens of a step"} for each in (saved, now))
+        changes = compare_values(saved, now)
+        if not self.begins_phase:
+            return changes
+        names = {change.name for change in changes}
+        declared = [change for change in declared_changes(self._course, self.phase) if change.name not in names]
+        return [replace(each, topic="") if each.name == "tokens of a step" else each for each in changes] + declared
 
 
 def _check_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
