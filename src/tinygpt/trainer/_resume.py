@@ -228,7 +228,7 @@ class _Resumption:
         return [judged("phases", texts[0] or UNKNOWN, texts[1])]
 
     def _compare_settings(self) -> list[Change]:
-        saved, now = self._state.get("settings", {}), settings(self._trainer)
+        saved, now = self._state.get("settings", {}), settings(self._trainer, self.step)
         # A run without a schedule is not one of which nothing is known.
         saved = {**{key: None for key in now if key.startswith("schedule ")}, **saved}
         if saved.get("tokens of a step") is None or now["tokens of a step"] is None:  # a loader need not tell

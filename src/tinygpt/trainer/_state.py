@@ -56,17 +56,19 @@ def loader_state(trainer: "Trainer") -> dict[str, Any] | None:
     return trainer.loader.state_dict() if hasattr(trainer.loader, "state_dict") else None
 
 
-def settings(trainer: "Trainer") -> dict[str, Any]:
-    """Return what shapes training besides model, data and rates."""
-    config = trainer.config
-    tokens = trainer.step_tokens
+def settings(trainer: "Trainer", step: int | None = None) -> dict[str, Any]:
+    """Return what shapes training besides model, data and rates, at a step or the next one."""
+    config, course = trainer.config, trainer.course
+    step = trainer.next_step if step is None else step
+    phase = course.index_at(step)
+    tokens = course.step_tokens(phase)
     return {
         "num_steps": config.num_steps,
-        "tokens of a step": tokens and tokens * getattr(trainer.loader, "world_size", 1),
+        "tokens of a step": tokens and tokens * getattr(course.loaders[phase], "world_size", 1),
         "grad_clip": config.grad_clip,
         "precision": str(trainer.precision),
         "loss": getattr(trainer.loss_fn, "__name__", type(trainer.loss_fn).__name__),
-        **describe_schedules(trainer.rates.schedules_at(trainer.next_step)),
+        **describe_schedules(trainer.rates.schedules_at(step)),
     }
 
 
