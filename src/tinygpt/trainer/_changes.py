@@ -1,5 +1,6 @@
 """Comparing a run with the checkpoint it continues, or one phase with the next, before a single weight moves."""
 
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -164,4 +165,6 @@ def _is_jump(was: Any, will_be: Any, most_factor: float, *, forgets: bool) -> bo
 
 def _short(value: Any) -> str:
     text = "none" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
+    if re.fullmatch(r"[0-9a-f]{64}", text):
+        return text[:12]
     return text if len(text) <= 44 else text[:43] + "…"

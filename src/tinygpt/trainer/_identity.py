@@ -25,7 +25,7 @@ def run_state(trainer: "Trainer") -> dict[str, Any]:
         "identity": {
             "groups": group_members(trainer),
             "loader": dealing(trainer.loader),
-            "validation set": trainer.evaluations.data_hash,
+            "validation set": trainer.measured_on.data_hash,
         },
         "phases": [{"name": phase.name, "steps": phase.steps} for phase in course.phases],
         "other loaders": other_loader_states(trainer),
@@ -90,7 +90,7 @@ def compare_groups(was: Mapping[str, list[str]] | None, will_be: Mapping[str, li
     return changes
 
 
-class Evaluations:
+class MeasuredOn:
     """Sees to it that one run measures on one validation set.
 
     Args:
@@ -126,7 +126,7 @@ class Evaluations:
             return
         if known is not None and not self._may_change:
             raise CheckpointError(
-                f"this evaluation was measured on the validation set {found[:12]}, and this run on {known[:12]} so "
+                f"this evaluation was measured on the validation set {str(found)[:12]}, and this run on {known[:12]} so "
                 "far: their figures cannot be compared. Measure on the set of the run; resume with accept=['data'] to "
                 "go on with the other; or record it as another event than 'evaluation'."
             )

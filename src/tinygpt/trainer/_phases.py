@@ -6,7 +6,7 @@ from dataclasses import KW_ONLY, dataclass, field
 from itertools import accumulate
 from typing import Any
 
-from tinygpt.data import Batch
+from tinygpt.data import Batch, BatchLoader
 from tinygpt.errors import ConfigError
 from tinygpt.schedules import Schedule
 from tinygpt.trainer._changes import checked_accept
@@ -119,5 +119,6 @@ class Course:
 
     def leave(self, index: int) -> None:
         """Stop what the loader of a phase that is over does ahead, unless the next one goes on with it."""
-        if self.loaders[index + 1] is not self.loaders[index] and hasattr(self.loaders[index], "close"):
-            self.loaders[index].close()
+        loader = self.loaders[index]
+        if loader is not self.loaders[index + 1] and isinstance(loader, BatchLoader):  # it can be asked again later
+            loader.close()

@@ -2,7 +2,7 @@
 
 import logging
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
@@ -35,6 +35,19 @@ if TYPE_CHECKING:
     from tinygpt.trainer._trainer import Trainer
 
 logger = logging.getLogger("tinygpt")
+
+
+def resume_as_asked(
+    trainer: "Trainer", resume: str | Path | None, accept: Collection[str] | str, rewarm_steps: int | None
+) -> None:
+    """Do what `Trainer.fit` was asked to do before it trains."""
+    if resume is None:
+        if accept or rewarm_steps is not None:
+            raise ConfigError("accept and rewarm_steps are for going on from a checkpoint: give resume='auto' as well.")
+    elif resume != "auto":
+        trainer.load_state(resume, accept=accept, rewarm_steps=rewarm_steps)
+    elif trainer.next_step == 0:  # else this object has trained already, and goes on where it stands
+        trainer.resume(accept=accept, rewarm_steps=rewarm_steps)
 
 
 def newest_whole(parent: Path | None) -> Path | None:
@@ -107,7 +120,7 @@ def load(trainer: "Trainer", folder: Path, accept: set[str], rewarm_steps: int |
             raise
         raise CheckpointError(f"{folder} does not fit this run: {error}") from None
     trainer.set_progress(*progress)
-    trainer.evaluations.go_on_from(state.get("identity", {}).get("validation set"), may_change="data" in accept)
+    trainer.measured_on.go_on_from(state.get("identity", {}).get("validation set"), may_change="data" in accept)
     if changes:
         logger.warning("going on from %s at step %d, with changes:\n%s", folder, progress[0], format_changes(changes))
     return changes
@@ -148,8 +161,11 @@ class _Resumption:
         if saved is None:
             return compare_values({}, {"rates of the next step": "as planned"})
         now = rates.at(self.step)
-        was = {group: {k: saved[group][k] for k in REWARMED if k in now[group].keys() & saved[group].keys()}
-               for group in now.keys() & saved.keys()}  # fmt: skip
+        was = {
+            group: {key: saved[group][key] for key in REWARMED if key in rates_now and key in saved[group]}
+            for group, rates_now in now.items()
+            if group in saved
+        }
         if rewarm_steps is None or all(now[group][key] == was[group][key] for group in was for key in was[group]):
             # Also inside the window of an earlier resume: run again with the same arguments, a run goes on the same.
             return compare_rates(saved, now)
@@ -165,7 +181,7 @@ class _Resumption:
     def compare_rest(self) -> list[Change]:
         """Compare everything but the rates."""
         trainer, state = self._trainer, self._state
-        identity, validation = state.get("identity", {}), trainer.evaluations.own
+        identity, validation = state.get("identity", {}), trainer.measured_on.own
         changes = compare_groups(identity.get("groups"), group_members(trainer))
         model = model_config(plain_module(trainer.model))
         changes += compare_values(state.get("model_config", {}), model, prefix="model ")

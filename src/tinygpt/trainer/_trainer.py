@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-import sys
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from tinygpt import metrics
 from tinygpt.checkpoint import checkpoint_folder, list_checkpoints, remove_old_checkpoints
 from tinygpt.data import Batch, ValidationSet
 from tinygpt.errors import ConfigError, NonFiniteError
@@ -23,14 +21,15 @@ from tinygpt.trainer._arguments import check_arguments
 from tinygpt.trainer._changes import Change, as_rows, checked_accept
 from tinygpt.trainer._config import TrainerConfig
 from tinygpt.trainer._hooks import Hook
-from tinygpt.trainer._identity import Evaluations
+from tinygpt.trainer._identity import MeasuredOn
+from tinygpt.trainer._meter import Meter
 from tinygpt.trainer._phases import Course, Phase
 from tinygpt.trainer._plan import check_boundaries, describe_plan, enter_phase
 from tinygpt.trainer._precision import set_precision
 from tinygpt.trainer._progress import progress_bar
 from tinygpt.trainer._rates import Rates
-from tinygpt.trainer._resume import load, newest_whole, refuse_going_back
-from tinygpt.trainer._signals import interruption, stop_on_signal
+from tinygpt.trainer._resume import load, newest_whole, refuse_going_back, resume_as_asked
+from tinygpt.trainer._signals import interruption, report_stop, stop_on_signal
 from tinygpt.trainer._state import save
 from tinygpt.trainer._step import train_step
 
@@ -95,7 +94,8 @@ class Trainer:
         self.model = model
         self.optimizer = optimizer
         self.course = Course(phases, loader, config.batch_tokens)
-        self.evaluations = Evaluations(validation)
+        self.measured_on = MeasuredOn(validation)
+        self.protected_steps = set(self.course.boundaries)
         self.config = config
         self.loss_fn = loss_fn
         self.tokenizer = tokenizer or getattr(loader, "tokenizer", None)
@@ -109,9 +109,7 @@ class Trainer:
         if config.compile:
             for block in getattr(model, "blocks", [model]):
                 block.compile(dynamic=False)
-        self._watch = Stopwatch()
-        self._peak_flops = metrics.peak_flops(self.device, self.precision)
-        self._flops: dict[int, int | None] = {}
+        self._meter = Meter(model, self.device, self.precision)
         self._metrics_file: MetricsFile | None = None
         self._last_saved: Path | None = None
 
@@ -137,7 +135,7 @@ class Trainer:
     @property
     def elapsed_seconds(self) -> float:
         """Training time of the run so far, evaluation and saving not included."""
-        return self._watch.elapsed
+        return self._meter.watch.elapsed
 
     @property
     def checkpoint_dir(self) -> Path | None:
@@ -170,7 +168,7 @@ class Trainer:
                 finally:  # also when the caller leaves the loop, or an evaluation in it fails
                     self._save_if_due(stopping=request.signal_number is not None)
                     if request.signal_number is not None:
-                        self._report_stop()
+                        report_stop(self, self._last_saved)
                 if request.signal_number is not None:
                     raise interruption(request.signal_number)
 
@@ -200,12 +198,7 @@ class Trainer:
             ConfigError: If `accept` or `rewarm_steps` is given without `resume`; and as from iteration.
             CheckpointError: As in `resume` and `load_state`.
         """
-        if resume is None and (accept or rewarm_steps is not None):
-            raise ConfigError("accept and rewarm_steps are for going on from a checkpoint: give resume='auto' as well.")
-        if resume not in (None, "auto"):
-            self.load_state(resume, accept=accept, rewarm_steps=rewarm_steps)
-        elif resume == "auto" and self.next_step == 0:
-            self.resume(accept=accept, rewarm_steps=rewarm_steps)
+        resume_as_asked(self, resume, accept, rewarm_steps)
         step = None
         hooks = [hooks] if callable(hooks) else hooks
         with progress_bar(self, enabled=progress) as show, contextlib.closing(self._run()) as steps:
@@ -223,7 +216,7 @@ class Trainer:
                 a run never mixes two validation sets unseen.
         """
         if event == "evaluation":
-            self.evaluations.check(fields.get("data_hash"))
+            self.measured_on.check(fields.get("data_hash"))
         if output := self._open_output():
             output.write(event, self.next_step - 1, **fields)
 
@@ -301,7 +294,7 @@ class Trainer:
     def set_progress(self, next_step: int, tokens: int, elapsed_seconds: float) -> None:
         """Set where the run stands; `load_state` does so, and nobody else needs to."""
         self.next_step, self.tokens = next_step, tokens
-        self._watch = Stopwatch(elapsed_seconds)
+        self._meter.watch = Stopwatch(elapsed_seconds)
         self.course.restart_loaders()
 
     def plan(self) -> str:
@@ -309,7 +302,7 @@ class Trainer:
         return describe_plan(self)
 
     def _train_step(self) -> StepMetrics:
-        self._watch.start()
+        self._meter.watch.start()
         lead = self.rates.apply(self.next_step)
         loader = self.loader
         result = train_step(
@@ -324,29 +317,8 @@ class Trainer:
         )
         self.tokens += result.tokens
         self.next_step += 1
-        speed = result.tokens / self._watch.stop()
-        flops = self._flops_per_token(result.seq_len)
-        mfu = None if flops is None or not self._peak_flops else speed * flops / self._peak_flops
-        return StepMetrics(
-            index=self.next_step - 1,
-            loss=result.loss,
-            grad_norm=result.grad_norm,
-            lr=float(lead["lr"]),
-            weight_decay=float(lead.get("weight_decay", 0.0)),
-            momentum=lead.get("momentum"),
-            tokens=self.tokens,
-            epoch=getattr(loader, "epoch", None),
-            tokens_per_second=speed,
-            mfu=mfu,
-            peak_memory_bytes=metrics.peak_memory_bytes(self.device),
-            elapsed_seconds=self._watch.elapsed,
-        )
-
-    def _flops_per_token(self, seq_len: int) -> int | None:
-        if seq_len not in self._flops:
-            count = getattr(self.model, "flops_per_token", None)
-            self._flops[seq_len] = None if count is None else count(seq_len)
-        return self._flops[seq_len]
+        epoch = getattr(loader, "epoch", None)
+        return self._meter.measure(self.next_step - 1, result, lead, tokens=self.tokens, epoch=epoch)
 
     def _save_if_due(self, *, stopping: bool) -> None:
         if self.config.out_dir is None or self.checkpoint_dir is None:
@@ -362,18 +334,8 @@ class Trainer:
                     self.checkpoint_dir,
                     keep_last=self.config.keep_last,
                     keep=there,
-                    protect=self.course.boundaries,
+                    protect=self.protected_steps,
                 )
-
-    def _report_stop(self) -> None:
-        if self.next_step == self.config.num_steps:
-            text = "that was the last one, training is complete"
-        elif self.config.out_dir is None:
-            text = "nothing was saved, since the TrainerConfig has no out_dir"
-        else:
-            text = f"the state is saved in {self._last_saved}; to go on, run the same program with trainer.resume()"
-        sys.stderr.write(f"\nstopped after step {self.next_step - 1}: {text}.\n")
-        sys.stderr.flush()
 
     def _open_output(self) -> MetricsFile | None:
         if self.config.out_dir is None or self._metrics_file is not None:
