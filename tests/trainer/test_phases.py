@@ -261,6 +261,14 @@ def test_data_of_a_phase_that_is_over_may_be_gone_and_data_still_to_be_read_may_
         trainer(["gone"] * 9, again=True).resume()
 
 
+def test_a_phase_added_with_data_of_its_own_needs_no_more_of_the_old(tmp_path: Path) -> None:
+    list(make_trainer(tmp_path, num_steps=2))
+    phases = [Phase(2, loader=make_loader(["gone"] * 9)), Phase(2, loader=make_loader(OTHER))]
+    trainer = make_trainer(tmp_path, arguments={"phases": phases})
+    assert not any(change.topic for change in trainer.resume() or [])
+    assert len(list(trainer)) == 2
+
+
 def test_a_loader_without_a_position_that_a_later_phase_goes_on_with_is_not_resumed_unseen(tmp_path: Path) -> None:
     def trainer() -> Trainer:
         batches = itertools.cycle(list(itertools.islice(make_loader(), 4)))

@@ -36,12 +36,15 @@ def run_state(trainer: "Trainer") -> dict[str, Any]:
 
 
 def other_loader_states(trainer: "Trainer") -> dict[str, Any]:
-    """Return the positions of loaders that earlier phases read from and the present one does not, by first phase."""
+    """Return position and dealing of loaders that earlier phases read from and the present does not, by first phase."""
     course = trainer.course
     now = course.first_user(course.index_at(trainer.next_step))
     begun = {course.first_user(i) for i, start in enumerate(course.starts) if start < trainer.next_step}
     return {
-        str(index): loader.state_dict() if hasattr(loader := course.loaders[index], "state_dict") else None
+        str(index): {
+            "position": loader.state_dict() if hasattr(loader := course.loaders[index], "state_dict") else None,
+            "dealing": dealing(loader),
+        }
         for index in sorted(begun - {now})
     }
 
@@ -126,9 +129,9 @@ class MeasuredOn:
             return
         if known is not None and not self._may_change:
             raise CheckpointError(
-                f"this evaluation was measured on the validation set {str(found)[:12]}, and this run on {known[:12]} so "
-                "far: their figures cannot be compared. Measure on the set of the run; resume with accept=['data'] to "
-                "go on with the other; or record it as another event than 'evaluation'."
+                f"this evaluation was measured on the validation set {str(found)[:12]}, and this run on {known[:12]} "
+                "so far: their figures cannot be compared. Measure on the set of the run; resume with accept=['data'] "
+                "to go on with the other; or record it as another event than 'evaluation'."
             )
         if known is not None:
             logger.warning("evaluations are on the validation set %s from now on, not %s", found[:12], known[:12])
