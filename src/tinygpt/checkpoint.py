@@ -21,7 +21,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -174,13 +174,16 @@ def latest_checkpoint(parent: str | Path) -> Path | None:
     return None
 
 
-def remove_old_checkpoints(parent: str | Path, *, keep_last: int, keep: Path | None = None) -> None:
+def remove_old_checkpoints(
+    parent: str | Path, *, keep_last: int, keep: Path | None = None, protect: Collection[int] = ()
+) -> None:
     """Delete all but the newest `keep_last` checkpoints, and what an interrupted save left behind.
 
     Args:
         parent: Folder of the checkpoints.
         keep_last: How many to keep, at least 1.
         keep: One more that stays whatever its step.
+        protect: Steps whose checkpoints stay.
 
     Raises:
         ConfigError: If `keep_last` is not positive.
@@ -192,7 +195,7 @@ def remove_old_checkpoints(parent: str | Path, *, keep_last: int, keep: Path | N
     for leftover in [*parent.glob(".step-*.deleted"), *parent.glob(".step-*.tmp")]:
         shutil.rmtree(leftover, ignore_errors=True)
     for folder in list_checkpoints(parent)[:-keep_last]:
-        if folder != keep:
+        if folder != keep and checkpoint_step(folder) not in protect:
             # Out of sight first: a deletion cut short must not leave something that looks like a checkpoint.
             doomed = folder.rename(folder.with_name(f".{folder.name}.deleted"))
             shutil.rmtree(doomed, ignore_errors=True)

@@ -475,7 +475,7 @@ def test_one_micro_batch_or_several_of_the_same_step_are_the_same_batch(tmp_path
     whole = BatchLoader(TextDocuments(TEXTS), ByteTokenizer(), rows=4, seq_len=16, buffer_documents=8)
     changes = make_trainer(tmp_path, loader=whole).resume()
     assert changes is not None
-    assert [change.name for change in changes] == ["num_steps"]
+    assert [(change.name, change.topic) for change in changes] == [("loader rows", ""), ("num_steps", "")]
 
 
 def test_a_prompt_is_given_back_after_ctrl_c(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,7 +66,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path: Path, o
         if optimizer is not torch.optim.AdamW:
             return built
         torch_adamw = torch.optim.AdamW(built.model.parameters(), lr=0.01)
-        return Trainer(built.model, torch_adamw, built.loader, built.config, schedules=built.rates.schedules)
+        return Trainer(built.model, torch_adamw, built.loader, built.config, schedules=built.phases[0].schedules)
 
     list(trainer(tmp_path / "whole"))
     for step in trainer(tmp_path / "parts"):
@@ -126,7 +126,7 @@ def test_a_small_change_of_rates_passes_and_is_said(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path)
     trainer = Trainer(
         trainer.model, MuonAdamW.for_model(trainer.model, lr=0.015), trainer.loader, trainer.config,
-        schedules=trainer.rates.schedules,
+        schedules=trainer.phases[0].schedules,
     )  # fmt: skip
     changes = trainer.resume()
     assert changes is not None
@@ -167,7 +167,7 @@ def test_a_file_deleted_or_changed_since_the_checkpoint_is_refused_until_accepte
         trainer = make_trainer(tmp_path / "run", num_steps=num_steps)
         source = TextFiles(tmp_path / "text", separator="\n\n")
         loader = BatchLoader(source, ByteTokenizer(), rows=2, seq_len=16, buffer_documents=8, overflow="carry", seed=0)
-        return Trainer(trainer.model, trainer.optimizer, loader, trainer.config, schedules=trainer.rates.schedules)
+        return Trainer(trainer.model, trainer.optimizer, loader, trainer.config, schedules=trainer.phases[0].schedules)
 
     write_files(tmp_path / "text")
     before = trainer_on_files(4)
@@ -189,7 +189,7 @@ def test_token_shards_deleted_changed_or_made_again_since_the_checkpoint_are_not
     def trainer_on_shards(folder: Path, num_steps: int) -> Trainer:
         trainer = make_trainer(tmp_path / "run", num_steps=num_steps)
         loader = BatchLoader(TokenShards(folder), rows=2, seq_len=16, buffer_documents=8)
-        return Trainer(trainer.model, trainer.optimizer, loader, trainer.config, schedules=trainer.rates.schedules)
+        return Trainer(trainer.model, trainer.optimizer, loader, trainer.config, schedules=trainer.phases[0].schedules)
 
     def tokenize(texts: list[str], folder: Path) -> None:
         tokenize_documents(TextDocuments(texts), ByteTokenizer(), folder, processes=1, shard_tokens=300)

@@ -117,6 +117,7 @@ class BatchLoader:
             raise ConfigError(f"rank={rank} is not one of {world_size} processes; choose 0 to {world_size - 1}.")
         if pin_memory and not torch.cuda.is_available():
             raise ConfigError("pin_memory=True needs CUDA, which is not there; leave it at None.")
+        self._source = source
         self._tokenizer = _tokenizer_of(source, tokenizer)
         packer = Packer(
             row_tokens=seq_len + 1,
@@ -157,6 +158,16 @@ class BatchLoader:
     def seq_len(self) -> int:
         """Positions in a row."""
         return int(str(self._settings["seq_len"]))
+
+    @property
+    def source(self) -> DocumentSource | TokenShards:
+        """Where documents come from."""
+        return self._source
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes that rows are dealt out to."""
+        return int(self._dealing["world_size"])
 
     @property
     def tokenizer(self) -> Tokenizer:

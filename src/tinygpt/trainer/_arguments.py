@@ -1,6 +1,7 @@
 """Checking what a Trainer is made of, where a mistake can still be named."""
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,11 +11,14 @@ from torch.optim import Optimizer
 from tinygpt.errors import ConfigError
 from tinygpt.tokenizer import Tokenizer
 from tinygpt.trainer._config import TrainerConfig
+from tinygpt.trainer._phases import Phase
 
 logger = logging.getLogger("tinygpt")
 
 
-def check_arguments(model: Any, optimizer: Any, loader: Any, config: Any, tokenizer: Tokenizer | None) -> None:
+def check_arguments(
+    model: Any, optimizer: Any, loader: Any, config: Any, tokenizer: Tokenizer | None, phases: Any = None
+) -> None:
     """Refuse arguments that cannot train together, and log what probably was not meant.
 
     Raises:
@@ -32,9 +36,32 @@ def check_arguments(model: Any, optimizer: Any, loader: Any, config: Any, tokeni
     if config.save_every is not None and config.out_dir is None:
         raise ConfigError("save_every needs an out_dir to save into.")
     _check_parameters(model, optimizer)
-    _check_sizes(model, loader, tokenizer or getattr(loader, "tokenizer", None))
+    loaders = [loader]
+    if phases is not None:
+        _check_phases(phases, loader, config)
+        loaders += [phase.loader for phase in phases if phase.loader is not None]
+    for each in loaders:
+        _check_sizes(model, each, tokenizer or getattr(each, "tokenizer", None))
     if torch.cuda.is_available() and next(model.parameters()).device.type == "cpu":
         logger.warning("training on the CPU though there is a GPU: call model.to('cuda') before making the optimizer.")
+
+
+def _check_phases(phases: Any, loader: Any, config: TrainerConfig) -> None:
+    if not isinstance(phases, Sequence) or not phases or not all(isinstance(phase, Phase) for phase in phases):
+        raise ConfigError("phases must be a list of at least one Phase, such as [Phase(1000, {'lr': constant()})].")
+    steps = [phase.steps for phase in phases]
+    if sum(steps) != config.num_steps:
+        total = f"{' + '.join(map(str, steps))} = {sum(steps)}"
+        raise ConfigError(f"the phases have {total} steps and the TrainerConfig num_steps={config.num_steps}.")
+    for number, phase in enumerate(phases, start=1):
+        reads = loader if phase.loader is None else phase.loader
+        rows, seq_len = (getattr(reads, name, None) for name in ("rows", "seq_len"))
+        wanted = phase.batch_tokens or config.batch_tokens
+        if wanted and rows and seq_len and wanted % (rows * seq_len):
+            raise ConfigError(
+                f"phase {number}: batch_tokens={wanted} is not a multiple of the loader's batch of {rows} x {seq_len} "
+                f"= {rows * seq_len} tokens."
+            )
 
 
 def _check_parameters(model: nn.Module, optimizer: Optimizer) -> None:

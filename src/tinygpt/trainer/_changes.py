@@ -1,25 +1,27 @@
-"""Comparing a run with the checkpoint it continues, before a single weight moves."""
+"""Comparing a run with the checkpoint it continues, or one phase with the next, before a single weight moves."""
 
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from typing import Any
 
-from tinygpt.errors import CheckpointError, ConfigError
+from tinygpt.errors import ConfigError
 
-# Beyond these a resume stops unless the user accepts it. The schedules of one run differ by nothing at all here; the
-# jump that the documented run took unseen was a factor of 20 in learning rate and of 3 in what momentum forgets.
-_MOST_FACTOR = 2.0
+TOPICS = ("data", "model", "schedule")
+UNKNOWN = "unknown"
 
 
 @dataclass(frozen=True)
 class Change:
-    """One thing that differs between a checkpoint and the run that continues it.
+    """One thing that differs between a checkpoint and the run that continues it, or between two phases.
 
     Attributes:
         name: What differs.
         was: What the checkpoint's run would have gone on with.
         will_be: What this run goes on with.
-        topic: What to put into `accept` to go on: `"schedule"`, `"model"` or `"data"`; empty for a harmless one.
+        topic: What to put into `accept` to go on: `"schedule"`, `"model"` or `"data"`; empty for a harmless one;
+            `"optimizer"` for one that nobody can accept.
     """
 
     name: str
@@ -34,20 +36,65 @@ class Change:
         return self.will_be / self.was if numbers and self.was else None
 
 
+@dataclass(frozen=True)
+class _Judgement:
+    """What is done about a difference: `topic` must be accepted, if a number changes by more than `most_factor`.
+
+    Without a topic it passes with a note, without a factor any change counts. With `forgets` the factor is that of
+    what a moving average forgets in a step: 0.99 and 0.999 are far apart.
+    """
+
+    what: str
+    topic: str = ""
+    most_factor: float | None = None
+    forgets: bool = False
+
+
+# The whole policy; the first line that fits decides. The schedules of one run differ by nothing at all at its next
+# step. The documented run took unseen a factor of 20 in learning rate and of 3 in what its momentum forgets.
+_POLICY = (
+    _Judgement("rate momentum", "schedule", 2.0, forgets=True),
+    _Judgement("rate beta*", "schedule", 2.0, forgets=True),
+    _Judgement("rate *", "schedule", 2.0),  # learning rate, weight decay, and every other number of a group
+    _Judgement("optimizer group *", "schedule"),
+    _Judgement("parameters of *", "optimizer"),  # moments would be given to parameters that they do not belong to
+    _Judgement("tokens of a step", "schedule"),
+    _Judgement("grad_clip", "schedule", 2.0),
+    _Judgement("model *", "model"),
+    _Judgement("loss", "model"),
+    _Judgement("source_fingerprint", "data"),
+    _Judgement("tokenizer_fingerprint", "data"),
+    _Judgement("loader rows"),  # the same rows in other portions
+    _Judgement("loader ranks"),
+    _Judgement("loader *", "data"),  # row length, packing, order, shares of a mixture, a position that is lost
+    _Judgement("validation set", "data"),
+    _Judgement("*"),  # horizon, later rates, phases, precision, device, threads, versions
+)
+
+
+def judged(name: str, was: Any, will_be: Any, *, what: str | None = None) -> Change:
+    """Return the change with its topic by the policy; `what` is what to look up if the name says more."""
+    rule = next(rule for rule in _POLICY if fnmatchcase(what or name, rule.what))
+    harmless = UNKNOWN in (was, will_be) or (
+        rule.most_factor is not None and not _is_jump(was, will_be, rule.most_factor, forgets=rule.forgets)
+    )
+    return Change(name, was, will_be, "" if harmless else rule.topic)
+
+
 def compare_rates(was: Mapping[str, Mapping[str, float]], will_be: Mapping[str, Mapping[str, float]]) -> list[Change]:
-    """Compare the rates of the next step, group by group; the same change of several groups makes one entry."""
+    """Compare the rates of a step, group by group; the same change of several groups makes one entry."""
     alike: dict[tuple[str, float | tuple[float, float]], list[tuple[str, Change]]] = {}
     changes = []
     for group in [*was, *(group for group in will_be if group not in was)]:
         old, new = was.get(group), will_be.get(group)
         if old is None or new is None:
             there = ("absent", "there") if old is None else ("there", "absent")
-            changes.append(Change(f"optimizer group {group}", *there, topic="schedule"))
+            changes.append(judged(f"optimizer group {group}", *there))
             continue
         for key in sorted(old.keys() | new.keys()):
             a, b = old.get(key, 0.0), new.get(key, 0.0)
             if a != b:
-                change = Change(key, a, b, "schedule" if _is_jump(key, a, b) else "")
+                change = judged(key, a, b, what=f"rate {key}")
                 kind = (a, b) if change.factor is None else round(change.factor, 6)
                 alike.setdefault((key, kind), []).append((group, change))
     for groups in alike.values():
@@ -58,13 +105,14 @@ def compare_rates(was: Mapping[str, Mapping[str, float]], will_be: Mapping[str, 
 
 
 def compare_values(
-    was: Mapping[str, Any], will_be: Mapping[str, Any], *, prefix: str = "", topics: Mapping[str, str] | str = ""
+    was: Mapping[str, Any], will_be: Mapping[str, Any], *, prefix: str = "", missing: Any = UNKNOWN
 ) -> list[Change]:
-    """Compare two flat mappings entry by entry; `topics` names the topic of all, or of each that has one."""
+    """Compare two flat mappings entry by entry; an entry that the older one lacks was `missing`."""
+    pairs = {key: (was.get(key, missing), will_be.get(key)) for key in sorted(was.keys() | will_be.keys())}
     return [
-        Change(prefix + key, was.get(key), will_be.get(key), topics if isinstance(topics, str) else topics.get(key, ""))
-        for key in sorted(was.keys() | will_be.keys())
-        if was.get(key) != will_be.get(key)
+        judged(prefix + key, old, new)
+        for key, (old, new) in pairs.items()
+        if old != new and (old, new) != (UNKNOWN, None)  # a checkpoint from before there was such a thing
     ]
 
 
@@ -75,30 +123,19 @@ def checked_accept(accept: Collection[str] | str) -> set[str]:
         ConfigError: If one is not known.
     """
     topics = {accept} if isinstance(accept, str) else set(accept)
-    known = ("data", "model", "schedule")
-    if not topics <= set(known):
-        raise ConfigError(f"accept={accept!r} is not known; give a list of {', '.join(known)}.")
+    if not topics <= set(TOPICS):
+        raise ConfigError(f"accept={accept!r} is not known; give a list of {', '.join(TOPICS)}.")
     return topics
 
 
-def refuse_unaccepted(changes: list[Change], accept: Collection[str]) -> None:
-    """Raise `CheckpointError` with a table if something that matters differs and was not accepted."""
-    refused = [change for change in changes if change.topic and change.topic not in accept]
-    if not refused:
-        return
-    topics = sorted({change.topic for change in refused})
-    ways = {
-        "schedule": "keep the schedule, horizon and batch that the checkpoint was trained with",
-        "model": "build the model with the config of the checkpoint",
-        "data": "use the data, tokenizer and loader settings of the checkpoint",
-    }
-    raise CheckpointError(
-        "this run would go on differently from the checkpoint:\n"
-        + format_changes(refused)
-        + "\nEither "
-        + "; ".join(ways[topic] for topic in topics)
-        + f"; or accept it knowingly: accept={topics}."
-    )
+def unaccepted(changes: Collection[Change], accept: Collection[str]) -> list[Change]:
+    """Return those that matter and were not accepted."""
+    return [change for change in changes if change.topic and change.topic not in accept]
+
+
+def as_rows(changes: Collection[Change]) -> list[list[Any]]:
+    """Return the changes as JSON values: name, was, will be."""
+    return [[change.name, change.was, change.will_be] for change in changes]
 
 
 def format_changes(changes: list[Change]) -> str:
@@ -117,13 +154,17 @@ def format_changes(changes: list[Change]) -> str:
     )
 
 
-def _is_jump(key: str, was: float, will_be: float) -> bool:
-    if key == "momentum" or key.startswith("beta"):
-        was, will_be = 1 - was, 1 - will_be  # what a moving average forgets in a step: 0.99 and 0.999 are far apart
+def _is_jump(was: Any, will_be: Any, most_factor: float, *, forgets: bool) -> bool:
+    if not (isinstance(was, int | float) and isinstance(will_be, int | float)):
+        return True  # switched on or off
+    if forgets:
+        was, will_be = 1 - was, 1 - will_be
     low, high = sorted((abs(was), abs(will_be)))
-    return was * will_be < 0 or high > _MOST_FACTOR * low
+    return was * will_be < 0 or high > most_factor * low
 
 
 def _short(value: Any) -> str:
-    text = f"{value:.6g}" if isinstance(value, float) else str(value)
+    text = "none" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
+    if re.fullmatch(r"[0-9a-f]{64}", text):
+        return text[:12]
     return text if len(text) <= 44 else text[:43] + "…"

@@ -3,90 +3,112 @@
 import logging
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from tinygpt.checkpoint import load_state, verify
-from tinygpt.data import BatchLoader
-from tinygpt.errors import CheckpointError, TinyGPTError
-from tinygpt.trainer._changes import Change, compare_rates, compare_values, format_changes, refuse_unaccepted
+from tinygpt.checkpoint import latest_checkpoint, list_checkpoints, load_state, verify
+from tinygpt.errors import CheckpointError, ConfigError, TinyGPTError
+from tinygpt.trainer._changes import Change, checked_accept, format_changes, unaccepted
 from tinygpt.trainer._random import restore_random_state
-from tinygpt.trainer._state import WEIGHTS_FILE, environment, loader_state, model_config, plain_module, settings
+from tinygpt.trainer._resumption import Resumption
+from tinygpt.trainer._state import WEIGHTS_FILE, plain_module
+from tinygpt.trainer._ways import ways_on
 
 if TYPE_CHECKING:
     from tinygpt.trainer._trainer import Trainer
 
-_TOPICS = {"tokens of a step": "schedule", "loss": "model"}
-
 logger = logging.getLogger("tinygpt")
 
 
-def load(trainer: "Trainer", folder: Path, accept: Collection[str]) -> list[Change]:
-    """Compare, refuse what was not accepted, then load loader, optimizer, weights and random state, all or nothing."""
+def resume_as_asked(
+    trainer: "Trainer", resume: str | Path | None, accept: Collection[str] | str, rewarm_steps: int | None
+) -> None:
+    """Do what `Trainer.fit` was asked to do before it trains."""
+    if resume is None:
+        if accept or rewarm_steps is not None:
+            raise ConfigError("accept and rewarm_steps are for going on from a checkpoint: give resume='auto' as well.")
+    elif resume != "auto":
+        trainer.load_state(resume, accept=accept, rewarm_steps=rewarm_steps)
+    elif trainer.next_step == 0:  # else this object has trained already, and goes on where it stands
+        trainer.resume(accept=accept, rewarm_steps=rewarm_steps)
+
+
+def newest_whole(parent: Path | None) -> Path | None:
+    """Return the newest whole checkpoint of a run and set damaged ones after it aside; `None` if there is none.
+
+    Raises:
+        ConfigError: If the run has no folder.
+        CheckpointError: If there are checkpoints and none is whole.
+    """
+    if parent is None:
+        raise ConfigError("resume looks into the out_dir of the TrainerConfig, and there is none.")
+    if not parent.exists():
+        return None
+    folder = latest_checkpoint(parent)
+    found = list_checkpoints(parent)
+    if folder is None and found:
+        raise CheckpointError(f"no checkpoint in {parent} is whole; choose another out_dir to start over.")
+    if folder is None:
+        return None
+    for damaged in found[found.index(folder) + 1 :]:
+        damaged.rename(damaged.with_name(f"damaged-{damaged.name}"))
+    return folder
+
+
+def refuse_going_back(folder: Path, own: Path | None) -> None:
+    """Refuse an earlier checkpoint of the run's own folder, whose later ones belong to another course of the run."""
+    if own is None or folder.parent.resolve() != own.resolve():
+        return
+    later = [path for path in list_checkpoints(own) if path.name > folder.name]
+    if later:
+        raise CheckpointError(
+            f"{own} goes on after {folder.name}, up to {later[-1].name}: "
+            "to branch from an earlier step choose another out_dir; to go on use trainer.resume()."
+        )
+
+
+def load(trainer: "Trainer", folder: Path, accept: set[str], rewarm_steps: int | None) -> list[Change]:
+    """Compare, refuse what was not accepted, then load loaders, optimizer, weights and random state, all or nothing."""
     state = load_state(folder)
     if WEIGHTS_FILE not in verify(folder):
         raise CheckpointError(f"{folder} holds no {WEIGHTS_FILE}.")
     weights = load_file(folder / WEIGHTS_FILE)
-    loader: Any = trainer.loader
-    before = loader_state(trainer)
+    loaders = {id(each): each for each in trainer.course.loaders if hasattr(each, "state_dict")}.values()
+    before = [(each, each.state_dict()) for each in loaders]
+    rewarm_before = trainer.rates.rewarm
     try:
         was, now = state["optimizer_class"], type(trainer.optimizer).__name__
         if was != now:
             raise CheckpointError(f"{folder} was saved with {was}, and this run has {now}: build the same optimizer.")
-        changes = _compare(trainer, state)
-        refuse_unaccepted(changes, accept)
         progress = (int(state["next_step"]), int(state["tokens"]), float(state["elapsed_seconds"]))
+        resumption = Resumption(trainer, state)
+        changes = [*resumption.compare_rates(rewarm_steps), *resumption.compare_rest()]
+        if resumption.begins_phase:
+            accept = accept | checked_accept(trainer.phases[resumption.phase].accept)
+        if refused := unaccepted(changes, accept):
+            raise CheckpointError(ways_on(trainer, folder, state, refused))
         _check_weights(plain_module(trainer.model), weights)
-        _load_loader(trainer, state["loader"], accept)
+        resumption.load_loaders(accept)
         trainer.optimizer.load_state_dict(state["optimizer"])
         trainer.rates.restore_settings()
         plain_module(trainer.model).load_state_dict(weights, strict=True)
         restore_random_state(state["random"])
-    except (TinyGPTError, KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        if before is not None:
-            loader.load_state_dict(before)  # as if nothing had been tried
-        if isinstance(error, CheckpointError):
+    except BaseException as error:
+        trainer.rates.rewarm = rewarm_before
+        for each, position in before:
+            each.load_state_dict(position)  # as if nothing had been tried
+        if isinstance(error, CheckpointError | ConfigError) or not isinstance(
+            error, TinyGPTError | KeyError | TypeError | ValueError | AttributeError | RuntimeError
+        ):
             raise
         raise CheckpointError(f"{folder} does not fit this run: {error}") from None
     trainer.set_progress(*progress)
+    trainer.measured_on.go_on_from(state.get("identity", {}).get("validation set"), may_change="data" in accept)
     if changes:
         logger.warning("going on from %s at step %d, with changes:\n%s", folder, progress[0], format_changes(changes))
     return changes
-
-
-def _compare(trainer: "Trainer", state: dict[str, Any]) -> list[Change]:
-    facts = model_config(plain_module(trainer.model))
-    return [
-        *compare_rates(state["rates"], trainer.rates.at(state["next_step"])),
-        *compare_values(state["model_config"], facts, prefix="model ", topics="model"),
-        *_compare_loader(state["loader"], loader_state(trainer)),
-        *_known(compare_values(state["settings"], settings(trainer), topics=_TOPICS)),
-        *compare_values(state["environment"], environment(trainer)),
-    ]
-
-
-def _known(changes: list[Change]) -> list[Change]:
-    """Leave out what one side does not know: a loader of one's own need not tell the size of its batches."""
-    return [c for c in changes if c.name != "tokens of a step" or None not in (c.was, c.will_be)]
-
-
-def _compare_loader(saved: dict[str, Any] | None, now: dict[str, Any] | None) -> list[Change]:
-    if saved is None or now is None:
-        # Without a position the data starts over, which nobody would see in the loss for a while.
-        return [Change("loader position", "saved" if saved else "not saved", "starts over", "data")]
-    keys = ("source_fingerprint", "tokenizer_fingerprint")
-    return compare_values({k: saved.get(k) for k in keys}, {k: now.get(k) for k in keys}, topics="data")
-
-
-def _load_loader(trainer: "Trainer", saved: dict[str, Any] | None, accept: Collection[str]) -> None:
-    if saved is None or not hasattr(trainer.loader, "load_state_dict"):
-        return
-    if isinstance(trainer.loader, BatchLoader):
-        trainer.loader.load_state_dict(saved, allow_source_change="data" in accept)
-    else:
-        trainer.loader.load_state_dict(saved)
 
 
 def _check_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:

@@ -6,7 +6,12 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tinygpt.trainer._trainer import Trainer
 
 
 class Interrupted(SystemExit):
@@ -75,3 +80,15 @@ def stop_on_signal() -> Iterator[StopRequest]:
 
 def _in_main_thread() -> bool:
     return threading.current_thread() is threading.main_thread()
+
+
+def report_stop(trainer: "Trainer", last_saved: Path | None) -> None:
+    """Say on standard error that the run was stopped, and how to go on."""
+    if trainer.next_step == trainer.config.num_steps:
+        text = "that was the last one, training is complete"
+    elif trainer.config.out_dir is None:
+        text = "nothing was saved, since the TrainerConfig has no out_dir"
+    else:
+        text = f"the state is saved in {last_saved}; to go on, run the same program with trainer.resume()"
+    sys.stderr.write(f"\nstopped after step {trainer.next_step - 1}: {text}.\n")
+    sys.stderr.flush()

@@ -1,5 +1,6 @@
 """Gathering the state of a run into a checkpoint."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,8 @@ import tinygpt
 from tinygpt.checkpoint import save_state
 from tinygpt.config import Config
 from tinygpt.model import GPT, describe_blocks, independent_tensors
+from tinygpt.schedules import Schedule
+from tinygpt.trainer._identity import run_state
 from tinygpt.trainer._random import random_state
 
 if TYPE_CHECKING:
@@ -34,6 +37,7 @@ def save(trainer: "Trainer", folder: Path) -> Path:
         "optimizer_class": type(trainer.optimizer).__name__,
         "optimizer": trainer.optimizer.state_dict(),
         "random": random_state(),
+        **run_state(trainer),
     }
 
     def write_files(folder: Path) -> None:
@@ -52,19 +56,26 @@ def loader_state(trainer: "Trainer") -> dict[str, Any] | None:
     return trainer.loader.state_dict() if hasattr(trainer.loader, "state_dict") else None
 
 
-def settings(trainer: "Trainer") -> dict[str, Any]:
-    """Return what shapes training besides model, data and rates."""
-    config = trainer.config
-    schedules = {key: repr(schedule) for key, schedule in trainer.rates.schedules.items()}
+def settings(trainer: "Trainer", step: int | None = None) -> dict[str, Any]:
+    """Return what shapes training besides model, data and rates, at a step or the next one."""
+    config, course = trainer.config, trainer.course
+    step = trainer.next_step if step is None else step
+    phase = course.index_at(step)
+    tokens = course.step_tokens(phase)
     return {
         "num_steps": config.num_steps,
-        "tokens of a step": trainer.step_tokens,
+        "tokens of a step": tokens and tokens * getattr(course.loaders[phase], "world_size", 1),
         "grad_clip": config.grad_clip,
         "precision": str(trainer.precision),
         "loss": getattr(trainer.loss_fn, "__name__", type(trainer.loss_fn).__name__),
-        # The default repr of a function names an address, which differs in every process.
-        **{f"schedule {key}": "a function" if " at 0x" in text else text for key, text in schedules.items()},
+        **describe_schedules(trainer.rates.schedules_at(step)),
     }
+
+
+def describe_schedules(schedules: Mapping[str, Schedule]) -> dict[str, str]:
+    """Return how each was built; the default repr of a function names an address, which differs in every process."""
+    texts = {f"schedule {key}": repr(schedule) for key, schedule in schedules.items()}
+    return {key: "a function" if " at 0x" in text else text for key, text in texts.items()}
 
 
 def environment(trainer: "Trainer") -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-import sys
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,23 +10,26 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from tinygpt import metrics
-from tinygpt.checkpoint import checkpoint_folder, latest_checkpoint, list_checkpoints, remove_old_checkpoints
-from tinygpt.data import Batch
-from tinygpt.errors import CheckpointError, ConfigError, NonFiniteError
+from tinygpt.checkpoint import checkpoint_folder, list_checkpoints, remove_old_checkpoints
+from tinygpt.data import Batch, ValidationSet
+from tinygpt.errors import ConfigError, NonFiniteError
 from tinygpt.losses import LossFunction, next_token_loss
 from tinygpt.metrics import MetricsFile, StepMetrics, Stopwatch
 from tinygpt.schedules import Schedule
 from tinygpt.tokenizer import Tokenizer
 from tinygpt.trainer._arguments import check_arguments
-from tinygpt.trainer._changes import Change, checked_accept
+from tinygpt.trainer._changes import Change, as_rows, checked_accept
 from tinygpt.trainer._config import TrainerConfig
 from tinygpt.trainer._hooks import Hook
+from tinygpt.trainer._identity import MeasuredOn
+from tinygpt.trainer._meter import Meter
+from tinygpt.trainer._phases import Course, Phase
+from tinygpt.trainer._plan import check_boundaries, describe_plan, enter_phase
 from tinygpt.trainer._precision import set_precision
 from tinygpt.trainer._progress import progress_bar
 from tinygpt.trainer._rates import Rates
-from tinygpt.trainer._resume import load
-from tinygpt.trainer._signals import interruption, stop_on_signal
+from tinygpt.trainer._resume import load, newest_whole, refuse_going_back, resume_as_asked
+from tinygpt.trainer._signals import interruption, report_stop, stop_on_signal
 from tinygpt.trainer._state import save
 from tinygpt.trainer._step import train_step
 
@@ -47,12 +49,15 @@ class Trainer:
         schedules: Functions of the step, counted from 0, by option: `"lr"` and `"weight_decay"` multiply what each
             group was made with, others such as `"momentum"` set the value. `"muon.weight_decay"` applies to groups
             of that kind alone.
+        phases: Instead of `schedules`: the parts of the run in order, whose steps add up to `config.num_steps`. At
+            each boundary a checkpoint is saved that no retention removes.
+        validation: What the run is measured on. Only its hash is kept: going on with another set is refused.
         loss_fn: Called as `loss_fn(model, batch)`; returns a sum and a count.
         tokenizer: Saved into checkpoints, so that `from_pretrained` users can encode; `None` takes the loader's.
         on_save: Called with the folder of each checkpoint once it is written, to publish it for example.
 
     Raises:
-        ConfigError: If settings do not fit together.
+        ConfigError: If settings do not fit together, or rates jump between two phases.
 
     Example:
         ```python
@@ -76,14 +81,21 @@ class Trainer:
         config: TrainerConfig,
         *,
         schedules: Mapping[str, Schedule] | None = None,
+        phases: Sequence[Phase] | None = None,
+        validation: ValidationSet | None = None,
         loss_fn: LossFunction = next_token_loss,
         tokenizer: Tokenizer | None = None,
         on_save: Callable[[Path], None] | None = None,
     ) -> None:
-        check_arguments(model, optimizer, loader, config, tokenizer)
+        check_arguments(model, optimizer, loader, config, tokenizer, phases)
+        if phases is not None and schedules is not None:
+            raise ConfigError("phases bring their own schedules; give either phases or schedules.")
+        phases = [Phase(config.num_steps, schedules or {})] if phases is None else phases
         self.model = model
         self.optimizer = optimizer
-        self.loader = loader
+        self.course = Course(phases, loader, config.batch_tokens)
+        self.measured_on = MeasuredOn(validation)
+        self.protected_steps = set(self.course.boundaries)
         self.config = config
         self.loss_fn = loss_fn
         self.tokenizer = tokenizer or getattr(loader, "tokenizer", None)
@@ -91,28 +103,39 @@ class Trainer:
         self.device = next(model.parameters()).device
         self.next_step = 0
         self.tokens = 0
-        self.rates = Rates(optimizer, schedules or {})
+        self.rates = Rates(optimizer, [phase.schedules for phase in phases], self.course.starts)
+        check_boundaries(self.course, self.rates)
         self.precision = set_precision(model, config.precision, self.device)
         if config.compile:
             for block in getattr(model, "blocks", [model]):
                 block.compile(dynamic=False)
-        self._batches = iter(loader)
-        self._watch = Stopwatch()
-        self._peak_flops = metrics.peak_flops(self.device, self.precision)
-        self._flops: dict[int, int | None] = {}
+        self._meter = Meter(model, self.device, self.precision)
         self._metrics_file: MetricsFile | None = None
         self._last_saved: Path | None = None
 
     @property
+    def phases(self) -> tuple[Phase, ...]:
+        """The parts of the run; a run made with `schedules` is one phase."""
+        return self.course.phases
+
+    @property
+    def loader(self) -> Any:
+        """What the next step reads from."""
+        return self.course.loaders[self.course.index_at(self.next_step)]
+
+    @loader.setter
+    def loader(self, loader: Iterable[Batch]) -> None:
+        self.course.replace_loader(self.course.index_at(self.next_step), loader)
+
+    @property
     def step_tokens(self) -> int | None:
-        """Tokens of one step, as far as config and loader tell."""
-        rows, seq_len = (getattr(self.loader, name, None) for name in ("rows", "seq_len"))
-        return self.config.batch_tokens or (rows * seq_len if rows and seq_len else None)
+        """Tokens of the next step, as far as settings and loader tell."""
+        return self.course.step_tokens(self.course.index_at(self.next_step))
 
     @property
     def elapsed_seconds(self) -> float:
         """Training time of the run so far, evaluation and saving not included."""
-        return self._watch.elapsed
+        return self._meter.watch.elapsed
 
     @property
     def checkpoint_dir(self) -> Path | None:
@@ -135,6 +158,8 @@ class Trainer:
         output = self._open_output()
         with stop_on_signal() as request:
             while self.next_step < self.config.num_steps:
+                if self.next_step in self.course.boundaries:
+                    enter_phase(self, output)
                 step = self._train_step()
                 if output is not None:
                     output.write_step(step)
@@ -143,20 +168,37 @@ class Trainer:
                 finally:  # also when the caller leaves the loop, or an evaluation in it fails
                     self._save_if_due(stopping=request.signal_number is not None)
                     if request.signal_number is not None:
-                        self._report_stop()
+                        report_stop(self, self._last_saved)
                 if request.signal_number is not None:
                     raise interruption(request.signal_number)
 
-    def fit(self, hooks: Sequence[Hook] | Hook = (), *, progress: bool = True) -> StepMetrics | None:
+    def fit(
+        self,
+        hooks: Sequence[Hook] | Hook = (),
+        *,
+        progress: bool = True,
+        resume: str | Path | None = None,
+        accept: Collection[str] | str = (),
+        rewarm_steps: int | None = None,
+    ) -> StepMetrics | None:
         """Train to the end, calling each hook as `hook(trainer, step)` after every step.
 
         Args:
             hooks: A function or several; `every(250, function)` makes one that is called now and then.
             progress: Whether to show a progress bar on standard error.
+            resume: `"auto"` calls `resume` first, unless this object has trained already; a checkpoint folder calls
+                `load_state`.
+            accept: For either of these.
+            rewarm_steps: For either of these.
 
         Returns:
             The last step, or `None` if there was none left to do.
+
+        Raises:
+            ConfigError: If `accept` or `rewarm_steps` is given without `resume`; and as from iteration.
+            CheckpointError: As in `resume` and `load_state`.
         """
+        resume_as_asked(self, resume, accept, rewarm_steps)
         step = None
         hooks = [hooks] if callable(hooks) else hooks
         with progress_bar(self, enabled=progress) as show, contextlib.closing(self._run()) as steps:
@@ -167,7 +209,14 @@ class Trainer:
         return step
 
     def record(self, event: str, **fields: Any) -> None:
-        """Write a line of your own, such as an evaluation, to `metrics.jsonl` under the last finished step."""
+        """Write a line of your own, such as an evaluation, to `metrics.jsonl` under the last finished step.
+
+        Raises:
+            CheckpointError: If the event is `"evaluation"`, and its `data_hash` is not that of the evaluations before:
+                a run never mixes two validation sets unseen.
+        """
+        if event == "evaluation":
+            self.measured_on.check(fields.get("data_hash"))
         if output := self._open_output():
             output.write(event, self.next_step - 1, **fields)
 
@@ -197,40 +246,40 @@ class Trainer:
             self.on_save(self._last_saved)
         return self._last_saved
 
-    def load_state(self, folder: str | Path, *, accept: Collection[str] | str = ()) -> list[Change]:
+    def load_state(
+        self, folder: str | Path, *, accept: Collection[str] | str = (), rewarm_steps: int | None = None
+    ) -> list[Change]:
         """Continue from a checkpoint, after comparing its run with this one.
 
-        Rates of the next step, model, data, tokenizer and batch are compared before anything is loaded. A jump in
-        learning rate, weight decay or momentum, another model config or other data is refused unless accepted.
+        Everything that shapes training is compared before anything is loaded: rates of the next step, batch, model,
+        data and validation set, optimizer groups, precision, versions. A jump in learning rate, weight decay or
+        momentum, another model config or other data is refused unless accepted.
 
         Args:
             folder: A checkpoint folder.
-            accept: Which differences to go on with: `"schedule"`, `"model"`, `"data"`.
+            accept: Which differences to go on with: `"schedule"`, `"model"`, `"data"`. A phase that begins at this
+                step brings what it accepts.
+            rewarm_steps: Instead of accepting a jump: over so many steps learning rate, weight decay and momentum go
+                linearly from the checkpoint's to this run's. Where they do not differ it does nothing.
 
         Returns:
             All differences, harmless ones included; `tinygpt.trainer.format_changes` makes a table of them.
 
         Raises:
-            CheckpointError: If the checkpoint is damaged or does not fit, or a difference was not accepted.
+            CheckpointError: If the checkpoint is damaged or does not fit, or a difference was not accepted; the error
+                names the ways to go on.
+            ConfigError: If a topic is not known, or `rewarm_steps` is not positive or longer than the rest of the run.
         """
-        accept = checked_accept(accept)
         folder = Path(folder)
-        if self.checkpoint_dir is not None:
-            later = [path for path in list_checkpoints(self.checkpoint_dir) if path.name > folder.name]
-            if later and folder.parent.resolve() == self.checkpoint_dir.resolve():
-                raise CheckpointError(
-                    f"{self.checkpoint_dir} goes on after {folder.name}, up to {later[-1].name}: "
-                    "to branch from an earlier step choose another out_dir; to go on use trainer.resume()."
-                )
-        changes = load(self, folder, accept)
+        refuse_going_back(folder, self.checkpoint_dir)
+        changes = load(self, folder, checked_accept(accept), rewarm_steps)
         self._last_saved = folder
         self._metrics_file = None
         if output := self._open_output():
-            rows = [[c.name, c.was, c.will_be] for c in changes]
-            output.write("resume", self.next_step - 1, checkpoint=str(folder), changes=rows)
+            output.write("resume", self.next_step - 1, checkpoint=str(folder), changes=as_rows(changes))
         return changes
 
-    def resume(self, *, accept: Collection[str] | str = ()) -> list[Change] | None:
+    def resume(self, *, accept: Collection[str] | str = (), rewarm_steps: int | None = None) -> list[Change] | None:
         """Continue from the newest whole checkpoint in `out_dir`; return `None` if there is none, else as `load_state`.
 
         Newer ones that are damaged are moved out of the way, as `damaged-step-NNNNNN`, with a warning.
@@ -239,87 +288,54 @@ class Trainer:
             CheckpointError: As in `load_state`, or if there are checkpoints and none is whole.
             ConfigError: If the `TrainerConfig` has no `out_dir`.
         """
-        if self.checkpoint_dir is None:
-            raise ConfigError("resume looks into the out_dir of the TrainerConfig, and there is none.")
-        if not self.checkpoint_dir.exists():
-            return None
-        folder = latest_checkpoint(self.checkpoint_dir)
-        found = list_checkpoints(self.checkpoint_dir)
-        if folder is None and found:
-            raise CheckpointError(
-                f"no checkpoint in {self.checkpoint_dir} is whole; choose another out_dir to start over."
-            )
-        if folder is None:
-            return None
-        for damaged in found[found.index(folder) + 1 :]:
-            damaged.rename(damaged.with_name(f"damaged-{damaged.name}"))
-        return self.load_state(folder, accept=accept)
+        folder = newest_whole(self.checkpoint_dir)
+        return None if folder is None else self.load_state(folder, accept=accept, rewarm_steps=rewarm_steps)
 
     def set_progress(self, next_step: int, tokens: int, elapsed_seconds: float) -> None:
         """Set where the run stands; `load_state` does so, and nobody else needs to."""
         self.next_step, self.tokens = next_step, tokens
-        self._watch = Stopwatch(elapsed_seconds)
-        self._batches = iter(self.loader)
+        self._meter.watch = Stopwatch(elapsed_seconds)
+        self.course.restart_loaders()
+
+    def plan(self) -> str:
+        """Return what the run is going to do as text: phases, steps, tokens, rates, and what changes in between."""
+        return describe_plan(self)
 
     def _train_step(self) -> StepMetrics:
-        self._watch.start()
+        self._meter.watch.start()
         lead = self.rates.apply(self.next_step)
+        loader = self.loader
         result = train_step(
             self.model,
             self.optimizer,
             self.loss_fn,
-            self._batches,
+            self.course.batches_at(self.next_step),
             index=self.next_step,
-            batch_tokens=self.config.batch_tokens,
+            batch_tokens=self.course.batch_tokens[self.course.index_at(self.next_step)],
             grad_clip=self.config.grad_clip,
             last_saved=self._last_saved,
         )
         self.tokens += result.tokens
         self.next_step += 1
-        speed = result.tokens / self._watch.stop()
-        flops = self._flops_per_token(result.seq_len)
-        mfu = None if flops is None or not self._peak_flops else speed * flops / self._peak_flops
-        return StepMetrics(
-            index=self.next_step - 1,
-            loss=result.loss,
-            grad_norm=result.grad_norm,
-            lr=float(lead["lr"]),
-            weight_decay=float(lead.get("weight_decay", 0.0)),
-            momentum=lead.get("momentum"),
-            tokens=self.tokens,
-            epoch=getattr(self.loader, "epoch", None),
-            tokens_per_second=speed,
-            mfu=mfu,
-            peak_memory_bytes=metrics.peak_memory_bytes(self.device),
-            elapsed_seconds=self._watch.elapsed,
-        )
-
-    def _flops_per_token(self, seq_len: int) -> int | None:
-        if seq_len not in self._flops:
-            count = getattr(self.model, "flops_per_token", None)
-            self._flops[seq_len] = None if count is None else count(seq_len)
-        return self._flops[seq_len]
+        epoch = getattr(loader, "epoch", None)
+        return self._meter.measure(self.next_step - 1, result, lead, tokens=self.tokens, epoch=epoch)
 
     def _save_if_due(self, *, stopping: bool) -> None:
         if self.config.out_dir is None or self.checkpoint_dir is None:
             return
         every = self.config.save_every
         due = self.next_step == self.config.num_steps or (every is not None and self.next_step % every == 0)
+        due = due or self.next_step in self.course.boundaries
         there = checkpoint_folder(self.checkpoint_dir, self.next_step)
         if (due or stopping) and self._last_saved != there:
             self.save_state()
             if self.config.keep_last is not None:
-                remove_old_checkpoints(self.checkpoint_dir, keep_last=self.config.keep_last, keep=there)
-
-    def _report_stop(self) -> None:
-        if self.next_step == self.config.num_steps:
-            text = "that was the last one, training is complete"
-        elif self.config.out_dir is None:
-            text = "nothing was saved, since the TrainerConfig has no out_dir"
-        else:
-            text = f"the state is saved in {self._last_saved}; to go on, run the same program with trainer.resume()"
-        sys.stderr.write(f"\nstopped after step {self.next_step - 1}: {text}.\n")
-        sys.stderr.flush()
+                remove_old_checkpoints(
+                    self.checkpoint_dir,
+                    keep_last=self.config.keep_last,
+                    keep=there,
+                    protect=self.protected_steps,
+                )
 
     def _open_output(self) -> MetricsFile | None:
         if self.config.out_dir is None or self._metrics_file is not None:
