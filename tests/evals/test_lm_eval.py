@@ -182,6 +182,7 @@ class Logits(nn.Module):
 
 
 @needs_harness
+@pytest.mark.slow
 def test_a_model_scores_as_in_the_harness_s_own_class_for_transformers(
     bundle: EvalBundle, learned_texts: list[str], tmp_path: Path
 ) -> None:
@@ -274,6 +275,7 @@ def test_texts_end_before_the_first_stop_string(byte_model: GPT) -> None:
     assert write(byte_model, ByteTokenizer(), ["A whale"], {"until": whole[12:15], "max_gen_toks": 30}) == [
         whole[: whole.find(whole[12:15])]
     ]
+    assert write(byte_model, ByteTokenizer(), ["A whale"], {"max_tokens": 7}) == [whole[:7]]
     stop_token = whole.encode()[5]
     (ended,) = write(byte_model, ByteTokenizer(), ["A whale"], {"max_gen_toks": 30}, stop_tokens=[stop_token])
     assert ended == whole[: whole.find(chr(stop_token))]
@@ -346,7 +348,9 @@ def test_what_cannot_be_is_refused(byte_model: GPT, bpe: BPETokenizer) -> None:
         LMEvalAdapter(byte_model, bpe)
     with pytest.raises(ConfigError, match="max_gen_toks=512 leaves no room for a prompt in the model's context of 512"):
         write(byte_model, tokenizer, ["A"], {"max_gen_toks": 512})
-    with pytest.raises(ConfigError, match="generation_kwargs has num_beams; known are do_sample, max_gen_toks"):
+    with pytest.raises(
+        ConfigError, match="generation_kwargs has num_beams; known are do_sample, max_completion_tokens, max_gen_toks"
+    ):
         write(byte_model, tokenizer, ["A"], {"num_beams": 4})
     adapter = LMEvalAdapter(byte_model, tokenizer, max_seq_len=8, progress=False)
     with pytest.raises(DataError, match="a continuation has 9 tokens; it must have 1 to 8"):

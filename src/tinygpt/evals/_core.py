@@ -69,7 +69,7 @@ class CoreReport:
 
     def __getitem__(self, label: str) -> TaskScore:
         """Return the score of a task by its label."""
-        return next(task for task in self.tasks if task.label == label)
+        return {task.label: task for task in self.tasks}[label]
 
     def __str__(self) -> str:
         width = max(len("task"), *(len(task.label) for task in self.tasks))

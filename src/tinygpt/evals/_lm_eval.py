@@ -121,7 +121,7 @@ class LMEvalAdapter:
 
         Raises:
             ConfigError: If a request asks for more new tokens than the context holds, or for an option other than
-                `until`, `max_gen_toks`, `do_sample`, `temperature`, `top_k` and `top_p`.
+                `until`, `max_gen_toks` and its other names, `do_sample`, `temperature`, `top_k` and `top_p`.
         """
         alike: dict[str, list[int]] = defaultdict(list)
         for index, request in enumerate(requests):
@@ -204,14 +204,15 @@ def _read_options(given: dict[str, Any], max_new_tokens: int) -> dict[str, Any]:
 
     As in the harness a temperature counts only with `do_sample`, and 0 is the most likely token.
     """
-    known = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p"}
+    limits = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # first wins, as there
+    known = {"until", "do_sample", "temperature", "top_k", "top_p", *limits}
     if unknown := sorted(set(given) - known):
         raise ConfigError(f"generation_kwargs has {', '.join(unknown)}; known are {', '.join(sorted(known))}.")
     until = given.get("until") or []
     sample = given.get("do_sample", False)
     return {
         "until": [until] if isinstance(until, str) else [text for text in until if text],
-        "max_new_tokens": given.get("max_gen_toks", max_new_tokens),
+        "max_new_tokens": next((given[name] for name in limits if given.get(name) is not None), max_new_tokens),
         "temperature": float(given.get("temperature", 1.0)) if sample else 0.0,
         "top_k": (given.get("top_k") or None) if sample else None,
         "top_p": given.get("top_p") if sample else None,

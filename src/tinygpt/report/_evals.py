@@ -50,7 +50,7 @@ def plot_domains(reports: DomainReport | Mapping[str, DomainReport], picture: st
     for index, (name, report) in enumerate(named.items()):
         places = [place + (index - (len(named) - 1) / 2) * height for place in range(len(domains))]
         values = [report[domain].bpb for domain in domains]
-        bars = axes.barh(places, values, height=height, color=_COLORS[index % len(_COLORS)], label=name)
+        bars = axes.barh(places, values, height=height, color=_COLORS[index % len(_COLORS)], label=_plain(name))
         axes.bar_label(bars, fmt="%.3f", padding=3, fontsize=9)
     axes.set_yticks(range(len(domains)), [_plain(domain) for domain in domains])
     axes.invert_yaxis()
