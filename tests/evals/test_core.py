@@ -148,6 +148,20 @@ def test_sharing_reads_a_common_prefix_once(byte_model: GPT, monkeypatch: pytest
     assert positions == [100, 10 * 2]
 
 
+class Average(nn.Module):
+    """Mixes what came before by its mean, and has no use for a cache."""
+
+    def forward(self, x: Tensor, *, token_ids: Tensor, cache: object = None) -> Tensor:
+        return x.cumsum(dim=1) / torch.arange(1, x.shape[1] + 1)[:, None]
+
+
+def test_a_part_that_keeps_nothing_in_the_cache_is_refused_unless_nothing_is_shared() -> None:
+    model = GPT.from_config(tiny(max_seq_len=512), attention=lambda config, layer: Average())
+    with pytest.raises(ConfigError, match=r"keeps nothing in its cache, .* give share_prefixes=False"):
+        quietly(model, ByteTokenizer())
+    assert len(quietly(model, ByteTokenizer(), share_prefixes=False).tasks) == 5
+
+
 def test_the_report_is_the_same_for_any_batch_and_without_sharing(byte_model: GPT) -> None:
     tokenizer = ByteTokenizer()
     report = quietly(byte_model, tokenizer)

@@ -126,8 +126,8 @@ def evaluate_core(
         progress: Whether to show a bar on standard error.
 
     Raises:
-        ConfigError: If a number is out of range, the tokenizer does not fit the model, or `results` is given for a
-            model that is a plain function.
+        ConfigError: If a number is out of range, the tokenizer does not fit the model, a block of a `GPT` with
+            `share_prefixes` makes no use of its cache, or `results` is given for a model that is a plain function.
         DataError: If the bundle is damaged, an answer is longer than the model's context, or `results` holds those of
             another evaluation.
         NonFiniteError: If the model gives logits that are not a number.

@@ -27,6 +27,7 @@ class LMEvalAdapter:
         tokenizer: The model's tokenizer.
         max_seq_len: The model's context; None for its own `max_seq_len`.
         batch_tokens: Most positions in one call of the model; lower it when memory runs out.
+        share_prefixes: Whether a `GPT` reads only once what requests with one context have in common.
         add_bos: Whether texts start with `<|bos|>`, as in this library's training. `HFLM` leaves it to the tokenizer,
             and most of Hugging Face's add none.
         stop_tokens: Tokens that end a generated text; None is `<|bos|>`, with which the next document begins.
@@ -64,6 +65,7 @@ class LMEvalAdapter:
         *,
         max_seq_len: int | None = None,
         batch_tokens: int = 16_384,
+        share_prefixes: bool = True,
         add_bos: bool = True,
         stop_tokens: Iterable[int] | None = None,
         max_new_tokens: int = 256,
@@ -78,7 +80,7 @@ class LMEvalAdapter:
         check_vocabulary(model, tokenizer.vocab_size)
         self.model = model
         self.max_length = context
-        self._scorer = Scorer(model, batch_tokens)
+        self._scorer = Scorer(model, batch_tokens, share_prefixes)
         self._tokenizer = tokenizer  # the harness takes `tokenizer` for one of transformers
         self._add_bos = add_bos
         self._stop_tokens = frozenset((tokenizer.bos_token_id,) if stop_tokens is None else stop_tokens)

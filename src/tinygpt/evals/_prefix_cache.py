@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from tinygpt.errors import ConfigError
 from tinygpt.layers import KVCache, LayerCache
 from tinygpt.model import GPT
 
@@ -25,7 +26,11 @@ class _PrefixLayer(LayerCache):
 
     def select(self, rows: Tensor) -> "_PrefixLayer":
         """Return the same prefix with other rows: `rows` are indices into those it was read with."""
-        assert self._prefix is not None
+        if self._prefix is None:
+            raise ConfigError(
+                "a block of this model keeps nothing in its cache, so what rows have in common cannot be read once: "
+                "give share_prefixes=False."
+            )
         selected = _PrefixLayer(self.max_seq_len)
         keys, values = self._prefix
         selected._prefix, selected.length = (keys[rows], values[rows]), self.length
@@ -41,6 +46,9 @@ def read_prefix(model: GPT, prefixes: Tensor, rows: Tensor) -> KVCache:
         model: The model.
         prefixes: Token ids `(batch, seq)`, all of one length.
         rows: `(rows,)` int64, which prefix each row begins with.
+
+    Raises:
+        ConfigError: If a block makes no use of the cache.
     """
     length = model.max_seq_len or torch.iinfo(torch.int64).max
     layers = [_PrefixLayer(length) for _ in model.blocks]
