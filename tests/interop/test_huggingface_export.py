@@ -375,6 +375,12 @@ def test_a_saved_model_with_a_foreign_part_is_refused_by_name(tmp_path: Path) ->
         export(tmp_path / "a", tmp_path / "out")
     with pytest.raises(HubError, match="neither an existing folder"):
         export(tmp_path / "absent", tmp_path / "out")
+    with pytest.raises(CheckpointError, match=r"config\.json is missing"):
+        export(tmp_path, tmp_path / "out")
+    make(CASES["everything"].config).save_pretrained(tmp_path / "a")
+    (tmp_path / "a" / "model.safetensors").write_bytes(b"cut")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is missing or damaged"):
+        export(tmp_path / "a", tmp_path / "out")
     (tmp_path / "a" / "config.json").write_text("{", "utf-8")
     with pytest.raises(CheckpointError, match="is damaged"):
         export(tmp_path / "a", tmp_path / "out")
@@ -427,14 +433,22 @@ def test_only_an_earlier_export_is_replaced_and_nothing_else_is_touched(exported
         export(llama, tmp_path / "file")
 
 
-def test_an_export_that_fails_leaves_nothing(exported: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_export_that_fails_leaves_everything_as_it_was(
+    exported: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
+    whole = tmp_path / "whole"
+    export(exported("llama")[0], whole)
+    before = {path.name: path.read_bytes() for path in whole.iterdir()}
     monkeypatch.setattr("tinygpt.interop.huggingface._export.save_file", fail)
     with pytest.raises(CheckpointError, match=r"could not be written into .*No space left"):
         export(exported("llama")[0], tmp_path / "out")
-    assert not list(tmp_path.iterdir())
+    with pytest.raises(CheckpointError, match="could not be written into"):
+        export(exported("everything")[0], whole, overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["whole"]
+    assert {path.name: path.read_bytes() for path in whole.iterdir()} == before
 
 
 def test_the_config_names_no_padding_token_that_would_freeze_a_row(exported: Any) -> None:

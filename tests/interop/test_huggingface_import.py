@@ -203,7 +203,9 @@ def change_weights(folder: Path, edit: Callable[[dict[str, Tensor]], Any]) -> No
         ({"quantization_config": {"quant_method": "awq"}}, "quantization_config=.* is not supported"),
         ({"sliding_window": 8}, "sliding_window=8 also holds for the last layer"),
         ({"sliding_window": 8, "layer_types": ["chunked_attention"] * 3}, "layer_types has .'chunked_attention'."),
-        ({"hidden_size": None}, "dim=None|dim"),
+        ({"sliding_window": 8, "layer_types": ["full_attention"]}, "layer_types has 1 entries for num_hidden_layers=3"),
+        ({"model_type": "tinygpt"}, r"is of tinygpt itself; load the folder with GPT\.from_pretrained"),
+        ({"hidden_size": None}, "is not hidden_size=None"),
         ({"num_hidden_layers": 10**9}, "num_layers=1000000000"),
         ({"rms_norm_eps": "small"}, "could not convert string to float"),
     ],
@@ -282,6 +284,7 @@ def test_an_export_with_a_damaged_config_is_refused(tmp_path: Path) -> None:
     for edit, message in [
         (lambda fields: fields.update(mlp_types=["gelu"]), "must have num_layers=2 entries"),
         (lambda fields: fields.update(mlp_types=["gelu", "sine"]), "cannot be built: 'sine'"),
+        (lambda fields: fields.update(hidden_dims=["wide", 8]), "cannot be built"),
         (lambda fields: fields.update(dim="8"), "dim='8'"),
         (lambda fields: fields.pop("soft_cap"), "lacks the field 'soft_cap'"),
     ]:

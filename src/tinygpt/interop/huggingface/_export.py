@@ -1,5 +1,6 @@
 """Writing a folder that transformers loads."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -42,6 +43,7 @@ _WRITTEN = (
 )
 # What a folder may hold besides: a clone of a repository, and a page about the model.
 _WELCOME = {".git", ".gitattributes", ".cache", "README.md", "LICENSE"}
+_TEMPORARY = ".export-"
 
 
 def export(
@@ -95,9 +97,9 @@ def export(
         raise ConfigError(f"dtype {dtype!r} is not a floating-point dtype; use torch.bfloat16 for example.")
     if isinstance(model, str | Path):
         folder = hub.resolve(model)
+        model = load_exportable(folder)
         if tokenizer is None and (folder / "tokenizer_config.json").exists():
             tokenizer = load_tokenizer(folder)
-        model = load_exportable(folder)
     gpt: GPT = unwrapped(model)
     structure = structure_of(gpt)
     if tokenizer is not None and tokenizer.vocab_size > structure.config.vocab_size:
@@ -108,13 +110,20 @@ def export(
     found = match(structure)
     if not stock:
         found = StockMatch(None, found.reasons)
+    is_new = not out.exists()
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as temporary:
+        out.mkdir(parents=True, exist_ok=True)
+        # Inside, because the folder may be a link or a volume, and files are renamed within one file system only.
+        with tempfile.TemporaryDirectory(prefix=_TEMPORARY, dir=out) as temporary:
             _write(Path(temporary), gpt, structure, found.architecture, tokenizer, dtype)
             _move(Path(temporary), out)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"the export could not be written into {out}: {error}.") from error
+    except BaseException as error:
+        if is_new:
+            with contextlib.suppress(OSError):
+                out.rmdir()  # which fails if something is in it
+        if isinstance(error, OSError | SafetensorError):
+            raise CheckpointError(f"the export could not be written into {out}: {error}.") from error
+        raise
     return found
 
 
@@ -123,7 +132,7 @@ def _check_out(out: Path, overwrite: bool) -> None:
         if out.exists() or out.is_symlink():
             raise ConfigError(f"{out} is not a folder; choose another name.")
         return
-    present = {path.name for path in out.iterdir()} - _WELCOME
+    present = {path.name for path in out.iterdir() if not path.name.startswith(_TEMPORARY)} - _WELCOME
     if not present:
         return
     foreign = present - set(_WRITTEN)
@@ -218,7 +227,6 @@ def _write_json(path: Path, fields: dict[str, Any]) -> None:
 
 def _move(written: Path, out: Path) -> None:
     """Put the files in place: a folder without a `config.json` until all others are there."""
-    out.mkdir(exist_ok=True)
     (out / "config.json").unlink(missing_ok=True)
     for name in _WRITTEN:
         if (written / name).exists():

@@ -129,7 +129,7 @@ def _build(
     try:
         with torch.device("meta"):
             model = GPT.from_config(config, mlp=lambda config, i: classes[mlp_types[i]](config.dim, hidden_dims[i]))
-    except (RuntimeError, OverflowError, LookupError) as error:
+    except (RuntimeError, ArithmeticError, LookupError, TypeError, ValueError) as error:
         raise CheckpointError(f"{where} describes a model that cannot be built: {error}.") from None
     if names is None:
         names = {name: name for name in model.state_dict() if not (tied and name == "head.weight")}

@@ -4,6 +4,7 @@
 parts the model has; `model.safetensors` holds the weights under tinygpt's own names. MIT license, the tinygpt authors.
 """
 
+import copy
 from typing import Any
 
 import torch
@@ -13,40 +14,39 @@ from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+# A model of one layer; `config.json` of a real one names every field.
+DEFAULTS: dict[str, Any] = {
+    "vocab_size": 257,
+    "padded_vocab_size": 320,  # rows of the token tables and of the head
+    "max_seq_len": 128,
+    "dim": 64,
+    "num_layers": 1,
+    "num_heads": 1,
+    "num_kv_heads": 1,
+    "mlp_types": ["relu_squared"],  # of each layer: relu_squared, gelu or swiglu
+    "hidden_dims": [256],  # width of each feed-forward layer
+    "layer_windows": [None],  # how many tokens before its own each layer sees, None for all
+    "value_embedding_layers": [0],
+    "value_gate_channels": 12,  # leading channels that the gate of a value embedding reads
+    "smear_gate_channels": 24,  # and those that the gate of the smear reads
+    "rotary": True,
+    "rope_base": 100_000.0,
+    "rope_clockwise": True,
+    "qk_norm": True,
+    "qk_scale": 1.2,
+    "norm_weight": False,
+    "norm_eps": None,  # None for the machine epsilon
+    "embedding_norm": True,
+    "residual_scales": True,
+    "x0_scales": True,
+    "smear": True,
+    "backout": True,
+    "soft_cap": 15.0,
+}
+
 
 class TinyGPTConfig(PretrainedConfig):
-    """The fields of tinygpt's `GPTConfig` under their own names, and what its parts were built with.
-
-    Args:
-        vocab_size: Number of token ids.
-        padded_vocab_size: Rows of the token tables and of the head.
-        max_seq_len: Longest sequence the model was made for.
-        dim: Width of the residual stream.
-        num_layers: Blocks.
-        num_heads: Query heads.
-        num_kv_heads: Key/value heads.
-        mlp_types: `relu_squared`, `gelu` or `swiglu` of each layer.
-        hidden_dims: Width of each feed-forward layer.
-        layer_windows: How many tokens before its own each layer sees; `None` for all.
-        value_embedding_layers: Layers with a value embedding.
-        value_gate_channels: Channels that its gate reads.
-        smear_gate_channels: Channels that the gate of the smear reads.
-        rotary: Whether queries and keys are rotated by position.
-        rope_base: Base of the rotation.
-        rope_clockwise: Sign of the rotation.
-        qk_norm: Whether queries and keys are normalized after the rotation.
-        qk_scale: Factor on both after their norm.
-        norm_weight: Whether norms have weights.
-        norm_eps: Added under the root of a norm; `None` for the machine epsilon.
-        embedding_norm: Whether the embedding is normalized.
-        residual_scales: Whether each block scales its input.
-        x0_scales: Whether each block adds a share of the embedding.
-        smear: Whether each embedding is mixed with the one before it.
-        backout: Whether a share of the mid-depth stream is taken out at the end.
-        soft_cap: Bound on the magnitude of logits; `None` for none.
-        tie_word_embeddings: Whether the head is the embedding's table.
-        **kwargs: What every transformers config takes, and fields that only tinygpt reads.
-    """
+    """What the parts were built with, under the names of tinygpt's `GPTConfig` where it has the field."""
 
     model_type = "tinygpt_transformers"
     keys_to_ignore_at_inference = ("past_key_values",)
@@ -58,65 +58,10 @@ class TinyGPTConfig(PretrainedConfig):
         "max_position_embeddings": "max_seq_len",
     }
 
-    def __init__(
-        self,
-        *,
-        vocab_size: int = 257,
-        padded_vocab_size: int = 320,
-        max_seq_len: int = 128,
-        dim: int = 64,
-        num_layers: int = 1,
-        num_heads: int = 1,
-        num_kv_heads: int = 1,
-        mlp_types: list[str] | None = None,
-        hidden_dims: list[int] | None = None,
-        layer_windows: list[int | None] | None = None,
-        value_embedding_layers: list[int] | None = None,
-        value_gate_channels: int = 12,
-        smear_gate_channels: int = 24,
-        rotary: bool = True,
-        rope_base: float = 100_000.0,
-        rope_clockwise: bool = True,
-        qk_norm: bool = True,
-        qk_scale: float = 1.2,
-        norm_weight: bool = False,
-        norm_eps: float | None = None,
-        embedding_norm: bool = True,
-        residual_scales: bool = True,
-        x0_scales: bool = True,
-        smear: bool = True,
-        backout: bool = True,
-        soft_cap: float | None = 15.0,
-        tie_word_embeddings: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        self.vocab_size = vocab_size
-        self.padded_vocab_size = padded_vocab_size
-        self.max_seq_len = max_seq_len
-        self.dim = dim
-        self.num_layers = num_layers
-        self.num_heads = num_heads
-        self.num_kv_heads = num_kv_heads
-        self.mlp_types = mlp_types or ["relu_squared"] * num_layers
-        self.hidden_dims = hidden_dims or [4 * dim] * num_layers
-        self.layer_windows = layer_windows or [None] * num_layers
-        self.value_embedding_layers = value_embedding_layers or []
-        self.value_gate_channels = value_gate_channels
-        self.smear_gate_channels = smear_gate_channels
-        self.rotary = rotary
-        self.rope_base = rope_base
-        self.rope_clockwise = rope_clockwise
-        self.qk_norm = qk_norm
-        self.qk_scale = qk_scale
-        self.norm_weight = norm_weight
-        self.norm_eps = norm_eps
-        self.embedding_norm = embedding_norm
-        self.residual_scales = residual_scales
-        self.x0_scales = x0_scales
-        self.smear = smear
-        self.backout = backout
-        self.soft_cap = soft_cap
-        super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
+    def __init__(self, **kwargs: Any) -> None:
+        for name, default in DEFAULTS.items():
+            setattr(self, name, kwargs.pop(name, copy.copy(default)))
+        super().__init__(**kwargs)
 
 
 class TinyGPTNorm(nn.Module):

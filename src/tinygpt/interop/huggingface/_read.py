@@ -34,6 +34,8 @@ def read_stock_config(fields: dict[str, Any], where: str) -> tuple[Family, GPTCo
     """
     model_type = fields.get("model_type")
     family = READABLE.get(str(model_type))
+    if model_type == "tinygpt":
+        raise CheckpointError(f"{where} is of tinygpt itself; load the folder with GPT.from_pretrained.")
     if family is None:
         known = ", ".join([*READABLE, MODEL_TYPE])
         raise CheckpointError(
@@ -101,16 +103,18 @@ def _window_fields(fields: dict[str, Any]) -> dict[str, Any]:
     """Return the fields that say which layers have a window.
 
     Raises:
-        ValueError: If the last layer has one, which `GPTConfig` cannot say.
+        ValueError: If the last layer has one, which `GPTConfig` cannot say, or the fields do not fit together.
     """
     window = fields.get("sliding_window") if fields.get("use_sliding_window", True) else None
     if window is None or window >= fields["max_position_embeddings"]:
         return {}
-    kinds = fields.get("layer_types") or ["sliding_attention"] * fields["num_hidden_layers"]
+    kinds = fields.get("layer_types") or ["sliding_attention"]  # all of them
     if unknown := set(kinds) - {"full_attention", "sliding_attention"}:
         raise ValueError(f"layer_types has {sorted(unknown)}; full_attention and sliding_attention map.")
     if kinds[-1] == "sliding_attention":
         raise ValueError(f"sliding_window={window} also holds for the last layer, which always sees all here.")
+    if len(kinds) != fields["num_hidden_layers"]:
+        raise ValueError(f"layer_types has {len(kinds)} entries for num_hidden_layers={fields['num_hidden_layers']}.")
     pattern = "".join("S" if kind == "sliding_attention" else "L" for kind in kinds)
     return {"window_pattern": pattern, "short_window_tokens": window - 1}
 

@@ -15,11 +15,7 @@ from tinygpt.manifest import read_json
 from tinygpt.model import GPT, GPTConfig
 
 MLP_TYPES: dict[type[nn.Module], str] = {ReluSquaredMLP: "relu_squared", GeluMLP: "gelu", SwiGLU: "swiglu"}
-_MLP_CLASSES: dict[str, type[ReluSquaredMLP | GeluMLP | SwiGLU]] = {
-    "ReluSquaredMLP": ReluSquaredMLP,
-    "GeluMLP": GeluMLP,
-    "SwiGLU": SwiGLU,
-}
+_MLP_CLASSES = {kind.__name__: kind for kind in MLP_TYPES}
 
 # Attributes of modules that do not change logits.
 _HARMLESS = {"training", "std", "chunk_tokens", "ignore_index", "padding_idx", "scale_grad_by_freq", "sparse"}
@@ -80,9 +76,10 @@ def load_exportable(folder: Path) -> GPT:
         ConfigError: If a block was saved with a part that is not ours.
         CheckpointError: If it cannot be loaded.
     """
-    blocks = read_json(folder / "config.json").get("blocks") or []
-    classes: list[type[ReluSquaredMLP | GeluMLP | SwiGLU]] = []
-    for layer, block in enumerate(blocks):
+    path = folder / "config.json"
+    blocks = read_json(path).get("blocks") if path.exists() else None
+    classes: list[type[nn.Module]] = []
+    for layer, block in enumerate(blocks if isinstance(blocks, list) else []):
         name = str(block).rpartition("mlp=")[2].rstrip(")")
         if block != f"Block(attention_norm=RMSNorm, attention=CausalSelfAttention, mlp_norm=RMSNorm, mlp={name})":
             raise _foreign(f"blocks.{layer}", str(block))
@@ -94,7 +91,7 @@ def load_exportable(folder: Path) -> GPT:
     try:
         with safe_open(folder / "model.safetensors", framework="pt") as file:
             widths = [file.get_slice(f"blocks.{i}.mlp.up_proj.weight").get_shape()[0] for i in range(len(classes))]
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, IndexError) as error:
         raise CheckpointError(f"{folder / 'model.safetensors'} is missing or damaged: {error}.") from None
 
     def mlp(config: GPTConfig, layer: int) -> nn.Module:
