@@ -220,6 +220,10 @@ def test_a_missing_field_is_named(saved: Path) -> None:
     change(saved, lambda fields: fields.pop("rms_norm_eps"))
     with pytest.raises(CheckpointError, match="lacks the field 'rms_norm_eps'"):
         from_transformers(saved)
+    make("nanochat").save_pretrained(saved)
+    change(saved, lambda fields: fields.pop("final_logit_softcapping"))  # whose default is a cap, not none
+    with pytest.raises(CheckpointError, match="lacks the field 'final_logit_softcapping'"):
+        from_transformers(saved)
 
 
 def test_norms_of_queries_with_a_weight_a_channel_are_refused(tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ def read_stock_config(fields: dict[str, Any], where: str) -> tuple[Family, GPTCo
             x0_scales=False,
             smear=False,
             backout=False,
-            soft_cap=fields.get("final_logit_softcapping") if family.nanochat else None,
+            soft_cap=fields["final_logit_softcapping"] if family.nanochat else None,
             **windows,
         )
     except KeyError as error:
