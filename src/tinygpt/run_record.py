@@ -55,11 +55,11 @@ def describe_run(
         JSON values under these keys. Keys may be added; a change of meaning raises `record_version`.
 
         - `record_version`, `next_step`
-        - `environment`: `tinygpt`, `torch` and `python` versions, `system`, `device`, `device_name`,
-          `device_memory_bytes`, `peak_flops`, `threads`, `world_size`
+        - `environment`: versions of `tinygpt`, `torch`, `python`; `system`, `threads`, `world_size`; of the device
+            `device`, `device_name`, `device_memory_bytes`, `peak_flops`
         - `precision`, `loss`, `seed`, `settings`
-        - `model`: `name`, `config`, `parameters` by role, `num_parameters`, `num_trainable`, `weight_bytes`, `blocks`
-          (a description and the `layers` it is true of), `flops_per_token`
+        - `model`: `name`, `config`, `parameters` by role, `num_parameters`, `num_trainable`, `weight_bytes`,
+            `flops_per_token`, and `blocks`, each a `description` and the `layers` it is true of
         - `optimizer`: `name`, and for each of its `groups` `name`, `kind`, `num_tensors`, `num_parameters`, `settings`
         - `schedules`: how each was made
         - `batch`: `tokens`, `rows`, `seq_len`, `micro_batches`

@@ -18,7 +18,7 @@ from tinygpt.metrics import StepMetrics
 
 __all__ = ["Tracker", "Tracking", "open_tracker", "track"]
 
-logger = logging.getLogger("tinygpt")
+_logger = logging.getLogger("tinygpt")
 
 # What all four accept as the name of a run, and what cannot leave a folder.
 _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -132,7 +132,7 @@ class Tracking:
             self._tracker.log(known, step)
         except Exception as error:
             if not self._lost:
-                logger.warning("the tracker failed at step %d, training goes on: %r", step, error)
+                _logger.warning("the tracker failed at step %d, training goes on: %r", step, error)
             self._lost += 1
 
     def close(self) -> None:
@@ -141,11 +141,11 @@ class Tracking:
             return
         self._closed = True
         if self._lost:
-            logger.warning("the tracker did not take %d of the logged steps; metrics.jsonl has them.", self._lost)
+            _logger.warning("the tracker did not take %d of the logged steps; metrics.jsonl has them.", self._lost)
         try:
             self._tracker.close()
         except Exception as error:
-            logger.warning("the tracker could not be closed: %r", error)
+            _logger.warning("the tracker could not be closed: %r", error)
 
     def __enter__(self) -> Self:
         self._entered = True

@@ -83,6 +83,14 @@ def test_runs_of_one_name_are_told_apart_and_different_validation_sets_are_told(
     assert "2 different validation sets were used" in files.markdown.read_text("utf-8")
 
 
+def test_names_of_runs_stay_text(tmp_path: Path) -> None:
+    runs = [documented_run(tmp_path / name) for name in ("_a$x$", "<i>b")]
+    html = compare_runs(runs, tmp_path / "out").html.read_text("utf-8")
+    assert "<i>" not in html
+    assert "&lt;i&gt;b" in html
+    assert "_a$x$" in html
+
+
 def test_what_cannot_be_compared_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = documented_run(tmp_path / "a")
     for runs in ([run], "a", [run] * 25):

@@ -72,6 +72,23 @@ def test_a_jump_at_a_resume_is_named_with_what_changed_and_by_how_much(tmp_path:
     assert "Validation went from 0.9" in jump["text"]
 
 
+def test_where_training_alone_leaves_doubt_validation_decides(tmp_path: Path) -> None:
+    for name, after, topic in (("up", 1.06, "jump"), ("on", 0.965, "resume")):
+        losses = noisy(600, seed=3)
+        losses[300:] += 0.04  # three to four standard errors
+        lines: list[dict[str, Any]] = [step_line(step, loss) for step, loss in enumerate(losses.tolist())]
+        lines += [evaluation(step - 1, 1.0 - step / 1e4) for step in range(50, 301, 50)]
+        lines += [evaluation(step - 1, after - (step - 350) / 1e4) for step in range(350, 601, 50)]
+        lines.append({"event": "resume", "step": 299, "changes": [["lr", 0.1, 0.2]]})
+        (observation,) = [
+            o
+            for o in summarize_run(write_lines(tmp_path / name, lines))["observations"]
+            if o["topic"] in ("jump", "resume")
+        ]
+        assert observation["topic"] == topic
+        assert observation["numbers"]["step"] == 300
+
+
 def test_a_resume_that_changes_nothing_is_told_to_have_left_no_jump(tmp_path: Path) -> None:
     run = documented_run(tmp_path / "run")
     resumed = only(run, "resume")

@@ -169,6 +169,9 @@ def test_what_is_in_the_files_stays_text(tmp_path: Path) -> None:
          "optimizer": {"name": EVIL, "groups": [group, muon]}, "schedules": {EVIL: EVIL}, "settings": {EVIL: [EVIL]},
          "environment": {"device_name": EVIL}, "data": {"tokenizer": EVIL}, "batch": {"tokens": EVIL}},
         evaluation(40, 1.0, **{EVIL: 2.0}) | {"data_hash": EVIL},
+        {"event": "run", "step": 31, "model": {"num_parameters": 10**400, "config": {"dim": 10**400}},
+         "settings": {"num_steps": 10**400}, "optimizer": {"groups": [{"settings": {"lr": 10**400}}]}},
+        {"event": "resume", "step": 31, "changes": [["lr", 10**400, 1], ["momentum", 0.5, 10**400]] * 1000},
         evaluation(50, 1.0),
     ]  # fmt: skip
     write_lines(run, lines)
@@ -189,8 +192,8 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
     max_leaves=6,
 )
-FIELDS = ["loss", "time", "lr", "tokens", "tokens_per_second", "bpb", "num_tokens", "changes", "text", "model",
-          "settings", "optimizer", "schedules", "num_steps", "batch", "data", "elapsed_seconds", "momentum"]  # fmt: skip
+FIELDS = ["loss", "time", "lr", "tokens", "tokens_per_second", "bpb", "momentum", "changes", "text", "model",
+          "settings", "optimizer", "schedules", "num_steps", "batch", "data", "elapsed_seconds"]  # fmt: skip
 LINES = st.lists(
     st.fixed_dictionaries(
         {"event": st.sampled_from(["step", "step", "evaluation", "resume", "run", "sample", "stop"]),

@@ -117,8 +117,9 @@ def _clip_start(axes: Any, mean: Floats, low: Floats) -> str:
     bottom = float(low.min())
     if top <= bottom or float(mean[0]) - bottom < 2.5 * (top - bottom):
         return ""
-    axes.set_ylim(bottom - 0.08 * (top - bottom), top + 0.45 * (top - bottom))
-    return "The steep beginning is above the picture."
+    end = top + 0.45 * (top - bottom)
+    axes.set_ylim(bottom - 0.08 * (top - bottom), end)
+    return f"What is above {end:.3g} is outside of the picture."
 
 
 def _draw_validation(log: RunLog) -> _Drawing | None:
@@ -155,6 +156,7 @@ def _draw_rates(log: RunLog) -> _Drawing | None:
         axes.plot(bins.x, bins.mean, color=_COLORS[color], linewidth=1, label=label)
     axes.get_lines()[0].set_label("lead group, as logged")
     axes.set_yscale("log")
+    axes.set_ylabel("learning rate")
     figure.set_size_inches(_WIDTH, _HEIGHT + 0.2 * (len(others) // 2 + 1))
     figure.legend(frameon=False, fontsize=7.5, labelcolor=_COLORS["ink"], ncols=2, loc="outside lower center")
     caption += " The other groups follow the same schedule: drawn from their base rates."
@@ -176,7 +178,7 @@ def _other_rates(log: RunLog) -> list[tuple[float, str, str]]:
     for _, name, rate in rates:
         if np.isfinite(rate) and base > 0 and rate > 0 and round(rate, 12) not in seen and len(found) < 5:
             seen.add(round(rate, 12))
-            found.append((rate / base, plain_label(name[:40]), _RUN_COLORS[1 + len(found)]))
+            found.append((rate / base, plain_label(name[-48:]), _RUN_COLORS[1 + len(found)]))
     return found
 
 

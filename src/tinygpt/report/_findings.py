@@ -14,11 +14,14 @@ from tinygpt.report._text import factor_text, number_text
 # raised none of them; they are conventions, not measurements.
 _JUMP_SCORE = 8.0  # anywhere: a run has thousands of places to jump at
 _KNOWN_JUMP_SCORE = 5.0  # where it is recorded that something changed, which is a few places
+_LEAST_SCORE = 2.0  # there, if validation jumped as well
+_VALIDATION_JUMP = 3.0  # times the usual change between two evaluations
 _LEAST_JUMP = 0.003  # share of the loss
 _RATE_CHANGE = 1.5  # factor between two steps that no schedule has outside of its warm-up
 _PLATEAU_SHARE = 0.002
 _OVERFIT_SHARE = 0.005
 _MOST_JUMPS = 5
+_MOST_CAUSES = 20  # the newest; a run that was resumed more often is told by its table of phases
 _LONG = 40
 
 
@@ -98,16 +101,17 @@ def jumps(log: RunLog) -> list[Observation]:
     rule = (
         f"The median of {window} steps after a place against that of {window} before; the standard error comes from "
         f"the differences of neighbouring steps. A jump is a rise of more than {_JUMP_SCORE:g} of them, or "
-        f"{_KNOWN_JUMP_SCORE:g} where a resume or a change of rates is recorded, and of {_LEAST_JUMP:.1%} of the loss."
+        f"{_KNOWN_JUMP_SCORE:g} where a resume or a change of rates is recorded ({_LEAST_SCORE:g} if validation "
+        f"rose by {_VALIDATION_JUMP:g} times its usual change there), and of {_LEAST_JUMP:.1%} of the loss."
     )
     if len(loss) < 4 * window:
-        unknown = [_resume_without_verdict(log, resume) for resume in log.resumes if resume.changes]
+        unknown = [_resume_without_verdict(log, resume) for resume in log.resumes[-_MOST_CAUSES:] if resume.changes]
         return unknown or [Observation("jump", "note", "Too few steps to tell jumps from noise.", rule)]
     rise, score = level_changes(loss, window)
     places = step[window - 1 : window - 1 + len(rise)]  # finished steps before the place
     level = np.abs(loss[window - 1 : window - 1 + len(rise)])
     changed = rate_changes(log)
-    causes = sorted({*log.boundaries, *changed})
+    causes = sorted({*log.boundaries, *changed})[-_MOST_CAUSES:]
     found: list[Observation] = []
     taken: list[int] = []
     for cause in causes:
@@ -115,7 +119,8 @@ def jumps(log: RunLog) -> list[Observation]:
         if not near.any():
             continue
         best = int(np.flatnonzero(near)[np.argmax(rise[near])])
-        if score[best] > _KNOWN_JUMP_SCORE and rise[best] > _LEAST_JUMP * level[best]:
+        clear = score[best] > _KNOWN_JUMP_SCORE or (score[best] > _LEAST_SCORE and _validation_jumped(log, cause))
+        if clear and rise[best] > _LEAST_JUMP * level[best]:
             found.append(_jump(log, cause, rise[best], loss, step, window, rule))
             taken.append(cause)
         elif resume := _resume_at(log, cause):
@@ -278,6 +283,17 @@ def _evaluations_around(log: RunLog, place: int) -> tuple[Evaluation, Evaluation
     before = [e for e in measured if e.step <= place]
     after = [e for e in measured if e.step > place]
     return (before[-1], after[0]) if before and after else None
+
+
+def _validation_jumped(log: RunLog, place: int) -> bool:
+    """Return whether the first evaluation after a place is far above the last before it, by the changes around."""
+    measured = [(e.step, e.numbers["bpb"]) for e in log.evaluations if "bpb" in e.numbers]
+    before = [bpb for step, bpb in measured if step <= place][-10:]
+    after = [bpb for step, bpb in measured if step > place][:10]
+    if min(len(before), len(after)) < 3:
+        return False
+    usual = float(np.median(np.abs(np.concatenate([np.diff(before), np.diff(after)]))))
+    return after[0] - before[-1] > _VALIDATION_JUMP * usual
 
 
 def _resume_at(log: RunLog, step: int) -> Resume | None:

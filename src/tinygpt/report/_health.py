@@ -50,9 +50,9 @@ def time_use(log: RunLog) -> TimeUse:
                 known += min(float(beyond[index]), max(0.0, log.busy_until[finished] - float(clock[index])))
         evaluation += known
         other += total - known
-    edges = log.segments()
+    edges, seconds = log.segments(), _step_seconds(log)
     for before, after in pairwise(edges):
-        first = written[after][0] - _step_seconds(log)[after][0]
+        first = written[after][0] - seconds[after][0]
         idle += max(0.0, float(first - written[before][-1])) if math.isfinite(first) else 0.0
     return TimeUse(float(elapsed[-1]), evaluation, other, idle)
 

@@ -3,6 +3,7 @@
 Nothing here raises for what is in the files. What cannot be read is counted and said in the report.
 """
 
+import contextlib
 import json
 import math
 import time
@@ -24,8 +25,10 @@ Integers = NDArray[np.int64]
 # A step's line has 400 bytes, a sample some thousand: a longer line is no line of a run.
 _LONGEST_LINE = 4 << 20
 _LONGEST_TEXT = 4_000
+_MOST_CHANGES = 40
 # Within these bounds squares, sums and quotients stay finite; no loss, count or time is outside of them.
 _LARGEST_NUMBER = 1e30
+_LARGEST_STEP = 1 << 53
 _LARGEST_JSON = 64 << 20
 _NUMBERS = (
     *("loss", "grad_norm", "lr", "weight_decay", "momentum", "tokens", "epoch", "tokens_per_second", "mfu"),
@@ -124,7 +127,7 @@ class RunLog:
         changed = [new for resume in self.resumes for name, _, new in resume.changes if name == "num_steps"]
         now, saved = (section(facts, "settings").get("num_steps") for facts in (self.record, self.state))
         for value in (now, *reversed(changed), saved):
-            if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+            if isinstance(value, int) and not isinstance(value, bool) and 0 < value < _LARGEST_STEP:
                 return value
         return None
 
@@ -169,8 +172,9 @@ def read_run(run: str | Path) -> RunLog:
     _read_lines(log, file)
     log.identity = read_object(folder / RUN_FILE)
     for saved in list_checkpoints(folder / "checkpoints"):
-        sizes = {item.name: item.stat().st_size for item in sorted(saved.iterdir()) if item.is_file()}
-        log.checkpoints.append(SavedCheckpoint(checkpoint_step(saved), saved, sizes))
+        with contextlib.suppress(OSError):  # a running run removes old ones while we look
+            sizes = {item.name: item.stat().st_size for item in sorted(saved.iterdir()) if item.is_file()}
+            log.checkpoints.append(SavedCheckpoint(checkpoint_step(saved), saved, sizes))
     if log.checkpoints:
         log.state = section(read_object(log.checkpoints[-1].folder / STATE_FILE), "state")
     return log
@@ -221,7 +225,7 @@ def _read_lines(log: RunLog, file: Path) -> None:
         try:
             entry = json.loads(line)
             done = entry["step"] + 1
-            if type(done) is not int or not 0 <= done < 1 << 53:
+            if type(done) is not int or not 0 <= done < _LARGEST_STEP:
                 raise ValueError
             event = entry.get("event")
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
@@ -273,7 +277,7 @@ def _read_event(log: RunLog, event: Any, step: int, when: float, entry: dict[str
             for row in (changes if isinstance(changes, list) else ())
             if isinstance(row, list) and len(row) == 3
         ]
-        log.resumes.append(Resume(step, text(entry.get("checkpoint")), rows))
+        log.resumes.append(Resume(step, text(entry.get("checkpoint")), rows[:_MOST_CHANGES]))
     elif event == "run":
         log.records.append((step, {key: value for key, value in entry.items() if key not in ("event", "step", "time")}))
     elif event == "sample" and isinstance(entry.get("text"), str):

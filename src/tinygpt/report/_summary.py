@@ -15,6 +15,7 @@ from tinygpt.report._statistics import smooth
 from tinygpt.report._text import bytes_text, count_text, number_text, seconds_text, short
 
 _MOST_ROWS = 14
+_MOST_PHASES = 30
 _MOST_FIELDS = 200
 _NO_RECORD = 'The run wrote no record of its model and settings (the event "run" in metrics.jsonl)'
 
@@ -28,6 +29,7 @@ def headline(log: RunLog, status: str) -> dict[str, Any]:
     seconds = step_tokens(log)[mask] / log["tokens_per_second"][mask]
     use = time_use(log)
     memory = log["peak_memory_bytes"]
+    parameters = number(section(log.record, "model").get("num_parameters"))
     mfu = log["mfu"][mask & np.isfinite(log["mfu"])]
     return {
         "status": status,
@@ -46,7 +48,7 @@ def headline(log: RunLog, status: str) -> dict[str, Any]:
         "mfu": float(np.median(mfu)) if len(mfu) else math.nan,
         "peak_memory_bytes": float(np.nanmax(memory)) if np.isfinite(memory).any() else math.nan,
         "checkpoint_bytes": sum(log.checkpoints[-1].sizes.values()) if log.checkpoints else None,
-        "num_parameters": section(log.record, "model").get("num_parameters"),
+        "num_parameters": int(parameters) if math.isfinite(parameters) else None,
     }
 
 
@@ -204,11 +206,14 @@ def optimizer(log: RunLog) -> list[Block]:
 def phases(log: RunLog) -> list[Block]:
     """Return what the rates did in each stretch between resumes, as it was logged, and how the schedules were made."""
     rows = []
-    for stretch in log.segments():
+    stretches = log.segments()
+    for stretch in stretches[-_MOST_PHASES:]:
         step = log.step[stretch]
         described = [_course(step, log[key][stretch]) for key in ("lr", "weight_decay", "momentum")]
         rows.append((f"{step[0]:,} to {step[-1]:,}", *described))
     blocks: list[Block] = [Table(("steps", "learning rate", "weight decay", "momentum"), rows)] if rows else []
+    if len(stretches) > len(rows):
+        blocks.append(Paragraph(f"The newest {len(rows)} of {len(stretches):,} phases."))
     for start, record in log.records[-6:]:
         if schedules := section(record, "schedules"):
             blocks.append(_fields(f"schedules from step {start + 1:,}", schedules))

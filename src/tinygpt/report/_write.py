@@ -123,7 +123,7 @@ def _compose(log: RunLog, figures: Mapping[str, Any], found: Sequence[Observatio
         Section("Next", next_commands(log, str(figures["status"]))),
     ]
     parameters = figures["num_parameters"]
-    facts = [f"{count_text(parameters)} parameters"] if isinstance(parameters, int) else []
+    facts = [f"{count_text(parameters)} parameters"] if parameters else []
     facts += [f"{figures['steps']:,} steps", f"{count_text(figures['tokens'])} tokens", str(figures["status"])]
     written = "" if math.isnan(log.last_time) else f" Its last line is of {stamp(log.last_time)}."
     footer = f"Made {stamp(time.time())} by tinygpt {tinygpt.__version__} from the run's own files.{written}"
