@@ -46,8 +46,10 @@ def compare_runs(runs: Sequence[str | Path], out: str | Path = "comparison", *, 
         print(compare_runs(["runs/one-horizon", "runs/documented"]).html)
         ```
     """
-    if isinstance(runs, str | Path) or not 2 <= len(runs) <= _MOST_RUNS:
-        raise ConfigError(f"compare_runs takes a list of 2 to {_MOST_RUNS} runs, not {runs!r}.")
+    if isinstance(runs, str | Path):
+        raise ConfigError(f"runs={str(runs)!r} is one run; give a list of two or more.")
+    if not 2 <= len(runs) <= _MOST_RUNS:
+        raise ConfigError(f"{len(runs)} runs cannot be compared; give 2 to {_MOST_RUNS}.")
     if pictures:
         new_figure(1, 1)
     logs = [read_run(run) for run in runs]
