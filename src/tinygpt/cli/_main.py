@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 
 import tinygpt
-from tinygpt.cli import _tokenize
+from tinygpt.cli import _compare, _report, _tokenize
 from tinygpt.errors import TinyGPTError
 
 
@@ -16,19 +16,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: What stands behind `tinygpt`; None takes it from the command line.
 
     Returns:
-        The exit status: 0, or 1 after an error, which is printed, or 130 if the user stopped it.
+        The exit status: 0, or 2 after an error, which is printed in one line, or 130 if the user stopped it.
     """
-    about = "Prepare data for training. Everything else is used from Python."
+    about = "Prepare data for training, report on runs. Everything else is used from Python."
     parser = argparse.ArgumentParser(prog="tinygpt", description=about)
     parser.add_argument("--version", action="version", version=f"tinygpt {tinygpt.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    _tokenize.add_command(commands)
+    for command in (_tokenize, _report, _compare):
+        command.add_command(commands)
     options = parser.parse_args(arguments)
     try:
         options.run(options)
     except TinyGPTError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 2
     except KeyboardInterrupt:
         print("stopped; run the same command again to go on", file=sys.stderr)
         return 130
