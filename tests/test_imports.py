@@ -75,13 +75,8 @@ def test_import_pulls_in_nothing_that_only_some_need() -> None:
 def test_every_import_is_declared() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     extras = project["optional-dependencies"]
-<<<<<<< HEAD
-    optional = ("tokenizer", "parquet", "zstd", "plot", "eval", "transformers")
-    wanted = [*project["dependencies"], *(line for name in optional for line in extras[name])]
-=======
     for_users = [line for extra, lines in extras.items() if extra not in ("dev", "docs") for line in lines]
     wanted = [*project["dependencies"], *for_users]
->>>>>>> wt-report
     declared = {re.match(r"[\w.-]+", line)[0].lower().replace("_", "-") for line in wanted}  # type: ignore[index]
     distributions = importlib.metadata.packages_distributions()
     available = {*sys.stdlib_module_names, "compression", "tinygpt"}  # compression: Python 3.14 has it
