@@ -24,7 +24,11 @@ sys.modules["tinygpt"] = package = types.ModuleType("tinygpt")
 package.__path__ = [sys.argv[2]]
 from tinygpt import hub
 from tinygpt.errors import HubError
-hub._FIRST_WAIT_SECONDS = 0.01
+from tinygpt.hub import _retry
+import time
+waits = []
+sleep = time.sleep
+time.sleep = lambda seconds: (waits.append(seconds), sleep(min(seconds, 0.01)))  # the client's waits too
 folder = Path(sys.argv[1])
 """
 
@@ -181,18 +185,19 @@ except HubError as error:
     assert hub.count("GET", "/api/models/") == 3
 
 
-def test_waits_double_up_to_a_bound(hub: HubServer, tmp_path: Path) -> None:
+def test_waits_double_up_to_a_bound_and_differ_by_a_quarter(hub: HubServer, tmp_path: Path) -> None:
     hub.fail("GET", "/api/models/", status=502)
     code = """
-waits = []
-hub.time.sleep = waits.append
-hub._FIRST_WAIT_SECONDS = 1.0
 try:
     hub.resolve("user/tiny", retries=7)
 except HubError:
     print(*waits)
 """
-    assert client(hub, tmp_path, code).split() == ["1.0", "2.0", "4.0", "8.0", "16.0", "30.0", "30.0"]
+    waits = [float(wait) for wait in client(hub, tmp_path, code).split()]
+    assert len(waits) == 7
+    for wait, base in zip(waits, [1, 2, 4, 8, 16, 30, 30], strict=True):
+        assert 0.75 * base <= wait <= 1.25 * base
+    assert waits[5] != waits[6]
 
 
 def test_refusals_are_not_repeated_and_say_what_to_do(hub: HubServer, tmp_path: Path) -> None:
