@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 
 import tinygpt
-from tinygpt.cli import _tokenize
+from tinygpt.cli import _push, _tokenize
 from tinygpt.errors import TinyGPTError
 
 
@@ -18,11 +18,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0, or 1 after an error, which is printed, or 130 if the user stopped it.
     """
-    about = "Prepare data for training. Everything else is used from Python."
+    about = "Prepare data for training, publish what was trained. Everything else is used from Python."
     parser = argparse.ArgumentParser(prog="tinygpt", description=about)
     parser.add_argument("--version", action="version", version=f"tinygpt {tinygpt.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _tokenize.add_command(commands)
+    _push.add_command(commands)
     options = parser.parse_args(arguments)
     try:
         options.run(options)

@@ -8,6 +8,7 @@ from tinygpt.hub._download import resolve as resolve
 from tinygpt.hub._names import MODEL_FILES as MODEL_FILES
 from tinygpt.hub._names import check_repo_id as check_repo_id
 from tinygpt.hub._names import check_tags as check_tags
+from tinygpt.hub._retry import PassingHubError as PassingHubError
 from tinygpt.hub._upload import upload_folder as upload_folder
 
-__all__ = ["MODEL_FILES", "check_repo_id", "check_tags", "resolve", "upload_folder"]
+__all__ = ["MODEL_FILES", "PassingHubError", "check_repo_id", "check_tags", "resolve", "upload_folder"]
