@@ -11,7 +11,7 @@ from typing import Self
 
 from tinygpt import hub
 from tinygpt.checkpoint import checkpoint_step
-from tinygpt.errors import CheckpointError, ConfigError, TinyGPTError
+from tinygpt.errors import CheckpointError, ConfigError, HubError, TinyGPTError
 from tinygpt.publish._card import check_license
 from tinygpt.publish._pending import PendingPush, add_push, drop_push, lock, make_push, pending_pushes, queue_folder
 from tinygpt.publish._record import run_of
