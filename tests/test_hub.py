@@ -1,6 +1,5 @@
 """Push and pull against a real HTTP server; the client runs in a fresh process, as its settings are read at import."""
 
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -9,9 +8,10 @@ from pathlib import Path
 import pytest
 
 import tinygpt
+from hub_client import client_environment
 from hub_server import HubServer, serve_hub
 from tinygpt.errors import ConfigError, HubError
-from tinygpt.hub import resolve, upload_folder
+from tinygpt.hub import check_tags, resolve, upload_folder
 
 MODEL = {"config.json": b'{"dim": 8}\n', "model.safetensors": bytes(range(256)) * 40, "tokenizer.json": b"{}"}
 
@@ -43,11 +43,9 @@ def hub() -> Iterator[HubServer]:
         yield server
 
 
-def client(hub: HubServer, folder: Path, code: str) -> str:
+def client(hub: HubServer, folder: Path, code: str, token: str | None = "hf_test") -> str:
     """Run `code` as a user would, with the Hub at the server's address; return what it prints."""
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
-    environment |= {"HF_ENDPOINT": hub.url, "HF_TOKEN": "hf_test", "HF_HOME": str(folder / "home")}
-    environment["HF_HUB_DISABLE_PROGRESS_BARS"] = environment["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    environment = client_environment(hub, folder / "home", token)
     package = Path(tinygpt.__file__).parent
     done = subprocess.run(
         [sys.executable, "-c", PRELUDE + code + CODA, str(folder), str(package)],
@@ -272,3 +270,35 @@ def test_an_empty_folder_name_never_publishes_the_working_directory(
     monkeypatch.chdir(write_model(tmp_path))
     with pytest.raises(HubError, match="'' is not an existing folder"):
         upload_folder("", "user/tiny")
+
+
+def test_without_a_token_nothing_is_asked_and_the_ways_to_one_are_named(hub: HubServer, tmp_path: Path) -> None:
+    write_model(tmp_path)
+    code = """
+try:
+    hub.upload_folder(folder / "saved", "user/tiny")
+except HubError as error:
+    print(error)
+hub.upload_folder(folder / "saved", "user/given", token="hf_given")
+"""
+    message = client(hub, tmp_path, code, token=None)
+    assert "Uploading 'saved' to 'user/tiny' failed: there is no access token." in message
+    assert "set HF_TOKEN, run `hf auth login`, or pass token=..." in message
+    assert hub.repos.keys() == {"user/given"}
+
+
+def test_names_of_tags_and_branches_are_checked_first(tmp_path: Path) -> None:
+    (tmp_path / "config.json").touch()
+    assert check_tags("step-87000") == ["step-87000"]
+    assert check_tags(["v1.0", "runs/a+b", "v1.0"]) == ["v1.0", "runs/a+b"]
+    for name in ("", "-x", "a b", "a..b", "a.lock", "refs/heads/", "a~1", "a:b", "a.", "@{", "a\nb"):
+        with pytest.raises(HubError, match="is no name for a tag or branch; use letters"):
+            upload_folder(tmp_path, "user/tiny", tags=name)
+        with pytest.raises(HubError, match="is no name for a tag or branch"):
+            upload_folder(tmp_path, "user/tiny", branch=name)
+
+
+def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / ".hidden").touch()
+    with pytest.raises(HubError, match="holds no file to upload"):
+        upload_folder(tmp_path, "user/tiny")

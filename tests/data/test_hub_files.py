@@ -15,9 +15,9 @@ import pytest
 from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 
 from hub_server import HubServer, serve_hub
-from tinygpt.hub import _retry as hub_module
 from tinygpt.data import HubFiles, open_source
 from tinygpt.errors import ConfigError, DataError, HubError
+from tinygpt.hub import _retry as hub_module
 
 REPO = "datasets/user/tiny"
 

@@ -77,7 +77,7 @@ def upload_folder(
     if not files:
         raise HubError(f"{str(folder)!r} holds no file to upload.")
 
-    task = f"Uploading {str(folder)!r} to {repo_id!r} failed"
+    task = f"Uploading {source.resolve().name!r} to {repo_id!r} failed"
     if token is None and get_token() is None:
         raise HubError(
             f"{task}: there is no access token. Make one with write permission on the Hub's settings page, then "

@@ -189,9 +189,10 @@ def _loading(record: RunRecord, repo_id: str | None, revision: str | None) -> st
         lines.append("from tinygpt.tokenizer import load_tokenizer")
     lines += ["", f"folder = {where}", "model = GPT.from_pretrained(folder)"]
     if record.has_tokenizer:
+        new_tokens = min(64, record.config.max_seq_len // 2)
         lines += [
             "tokenizer = load_tokenizer(folder)",
-            'for piece in stream_text(model, tokenizer, "Once upon a time", max_new_tokens=64, seed=0):',
+            f'for piece in stream_text(model, tokenizer, "The", max_new_tokens={new_tokens}, seed=0):',
             '    print(piece, end="")',
         ]
     text = "\n".join([*lines, "```"])

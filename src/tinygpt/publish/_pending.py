@@ -32,6 +32,7 @@ class PendingPush(Config):
         name: Name of its folder in the queue.
         repo_id: `user/repo`.
         step: Steps done by the model; `None` if not known.
+        run: Folder of the run, whose metrics go into the card; `None` if the model is not of a run.
         private: Whether the repository is created as private.
         branch: Branch to commit to; `None` is the main branch.
         commit_message: First line of the commit.
@@ -49,6 +50,7 @@ class PendingPush(Config):
     name: str
     repo_id: str
     step: int | None = None
+    run: str | None = None
     private: bool = False
     branch: str | None = None
     commit_message: str
@@ -171,9 +173,8 @@ def make_push(queue: Path, push: PendingPush, *, token: str | None, retries: int
         logger.warning("not pushed, and set aside in %s: %s", queue, error)
         return None
     try:
-        write_card(
-            model, run=queue.parent, repo_id=push.repo_id, tags=push.tags, license=push.license, datasets=push.datasets
-        )
+        run = None if push.run is None else Path(push.run)
+        write_card(model, run=run, repo_id=push.repo_id, tags=push.tags, license=push.license, datasets=push.datasets)
     except (TinyGPTError, OSError) as error:
         logger.warning("%s is pushed without a card: %s", push.name, error)
     try:

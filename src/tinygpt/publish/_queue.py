@@ -33,7 +33,7 @@ class PushQueue:
 
     Args:
         repo_id: `user/repo`, made if it is missing.
-        folder: Where the queue lies. `None` is `push-queue` in the run of the first checkpoint.
+        folder: The run, or another folder, in which `push-queue` is made. `None` is the run of the first checkpoint.
         private: Create the repository as private. An existing public one is refused, not made private.
         branch: Branch to commit to. `None` is the main branch.
         tag: Tag of each commit, with `{step}` for the steps done; `None` for no tags.
@@ -81,7 +81,7 @@ class PushQueue:
         if max_pending is not None and max_pending < 2:
             raise ConfigError(f"max_pending={max_pending} is too few; choose 2 or more, or None for any number.")
         self.repo_id = repo_id
-        self.folder = None if folder is None else Path(folder)
+        self.folder = None if folder is None else queue_folder(folder)
         self._template = PendingPush(
             name="", repo_id=repo_id, private=private, branch=branch, commit_message="",
             license=license, datasets=list(datasets),
@@ -167,8 +167,9 @@ class PushQueue:
             self._thread.start()
 
     def _add(self, checkpoint: Path) -> PendingPush:
+        run = run_of(checkpoint)
         if self.folder is None:
-            self.folder = queue_folder(run_of(checkpoint) or checkpoint.parent)
+            self.folder = queue_folder(run or checkpoint.parent)
         try:
             step = checkpoint_step(checkpoint)
         except CheckpointError:
@@ -176,6 +177,7 @@ class PushQueue:
         tagged = self._tag is not None and (step is not None or "{step}" not in self._tag)
         push = self._template.replace(
             step=step,
+            run=None if run is None else str(run),
             commit_message=f"Checkpoint after {step:,} steps" if step is not None else f"Checkpoint {checkpoint.name}",
             tags=[self._tag.replace("{step}", str(step))] if tagged and self._tag is not None else [],
         )

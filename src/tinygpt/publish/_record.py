@@ -121,8 +121,7 @@ def read_record(model: Path, *, run: Path | None = None) -> RunRecord:
     step = state["next_step"] if isinstance(state.get("next_step"), int) else None
     run = run or run_of(model)
     metrics = read_metrics(run / "metrics.jsonl") if run is not None else []
-    # A line of step N is written when N + 1 steps are done; later ones are of other weights.
-    known = [line for line in metrics if isinstance(line.get("step"), int) and step is not None and line["step"] < step]
+    known = [line for line in metrics if step is not None and _is_before(line, step)]
     fields = read_json(model / "config.json")
     if fields.get("model_type") != "tinygpt":
         raise CheckpointError(f"{model / 'config.json'} is not the config of a tinygpt model.")
@@ -141,6 +140,15 @@ def read_record(model: Path, *, run: Path | None = None) -> RunRecord:
         state=state,
         metrics=known,
     )
+
+
+def _is_before(line: dict[str, Any], steps_done: int) -> bool:
+    """Return whether a line of the metrics tells of weights that this many steps were done for."""
+    step = line.get("step")
+    if not isinstance(step, int):
+        return False
+    # Line N is written when N + 1 steps are done. A resume noted there shaped only the steps after it.
+    return step + 1 < steps_done if line.get("event") == "resume" else step < steps_done
 
 
 def run_of(checkpoint: Path) -> Path | None:
