@@ -43,7 +43,7 @@ def test_a_checkpoint_is_pushed_with_what_was_asked_for(hub: HubServer, plain: P
     assert repo.private
     assert repo.tags["a"] == repo.tags["b"] == repo.branches["dev"]
     assert repo.titles[repo.tags["a"]] == "Hello"
-    assert f"pushing {plain} to user/tiny: 4 files, 0.0 MB" in done.stderr
+    assert f"pushing {plain} to user/tiny: 4 files, 0.1 MB" in done.stderr
 
 
 def test_queued_pushes_are_finished(hub: HubServer, queued: Path, tmp_path: Path) -> None:
