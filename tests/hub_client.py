@@ -28,11 +28,11 @@ for line in sys.stdin:
     request = json.loads(line)
     space.update(request["values"], result=None)
     waits.clear()
-    printed = io.StringIO()
+    printed, errors = io.StringIO(), io.StringIO()
     try:
-        with contextlib.redirect_stdout(printed):
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(errors):
             exec(compile(request["code"], "code", "exec"), space)
-        answer = {"result": space["result"], "printed": printed.getvalue()}
+        answer = {"result": space["result"], "printed": [printed.getvalue(), errors.getvalue()]}
     except BaseException as error:
         answer = {"error": traceback.format_exc(), "kind": type(error).__name__, "message": str(error)}
     print(json.dumps(answer), file=out, flush=True)
@@ -53,6 +53,7 @@ class HubClient:
 
     def __init__(self, process: "subprocess.Popen[str]") -> None:
         self._process = process
+        self.printed = ["", ""]  # by the last code, on standard output and standard error
 
     def run(self, code: str, **values: Any) -> Any:
         """Return what the code assigned to `result`."""
@@ -62,6 +63,7 @@ class HubClient:
         answer = self.answer()
         if "error" in answer:
             raise ClientError(answer)
+        self.printed = answer["printed"]
         return answer["result"]
 
     def refusal(self, code: str, **values: Any) -> str:

@@ -98,7 +98,7 @@ def test_devices_and_dtypes_that_are_none_are_refused_first() -> None:
     for device in ("gpu", "cuda:99", 3.5):
         with pytest.raises(ConfigError, match=r"device=.* cannot be used here .*; take 'cpu', or 'cuda' with a GPU"):
             GPT.from_pretrained("user/never-asked-for", device=device)  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="dtype 'bfloat16' is not a floating-point dtype; use torch.bfloat16"):
+    with pytest.raises(ConfigError, match=r"dtype 'bfloat16' is not a floating-point dtype; use torch\.bfloat16"):
         GPT.from_pretrained("user/never-asked-for", dtype="bfloat16")  # type: ignore[arg-type]
 
 

@@ -30,7 +30,7 @@ def load(text: str, folder: Path) -> ModelCard:
 
 def row(text: str, name: str) -> str:
     """Return the cells behind the first one of a table's row."""
-    match = re.search(rf"^\| {re.escape(name)} \| (.*) \|$", text, re.MULTILINE)
+    match = re.search(rf"^\| {re.escape(name.replace('_', chr(92) + '_'))} \| (.*) \|$", text, re.MULTILINE)
     assert match, f"no row {name!r} in\n{text}"
     return match[1]
 
@@ -71,6 +71,7 @@ def test_the_numbers_are_those_of_the_record(run: Path) -> None:
     losses = [line["loss"] for line in read_metrics(run / "metrics.jsonl") if line["event"] == "step"]
     assert row(text, "training loss, mean of the last 6 steps") == f"{sum(losses) / 6:.4f}"
     assert row(text, "dim") == "16"
+    assert row(text, "grad_clip") == "none"  # which is recorded
 
 
 def test_what_changed_at_a_resume_is_disclosed(run: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hub_client import client_environment
+from hub_client import HubClient, client_environment
 from hub_server import HubServer
 from tinygpt.cli import main
 from tinygpt.publish import PushQueue
@@ -26,36 +26,32 @@ def queued(run: Path, tmp_path: Path) -> Path:
     return copy
 
 
-def tinygpt(
-    hub: HubServer, home: Path, *arguments: str, token: str | None = "hf_x"
-) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-W", "error", "-m", "tinygpt", "push", *arguments]
-    environment = client_environment(hub, home, token)
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+def command(client: HubClient, *arguments: str) -> int:
+    return client.run("from tinygpt.cli import main\nresult = main(arguments)", arguments=["push", *arguments])
 
 
-def test_a_checkpoint_is_pushed_with_what_was_asked_for(hub: HubServer, plain: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_is_pushed_with_what_was_asked_for(hub: HubServer, client: HubClient, plain: Path) -> None:
     options = ["--private", "--branch", "dev", "--tag", "a", "--tag", "b", "--message", "Hello", "--json"]
-    done = tinygpt(hub, tmp_path, str(plain), "user/tiny", *options)
-    assert done.returncode == 0, done.stderr
+    assert command(client, str(plain), "user/tiny", *options) == 0
     repo = hub.repos["user/tiny"]
-    assert json.loads(done.stdout)["commit"].endswith(repo.tags["a"])
+    assert json.loads(client.printed[0])["commit"].endswith(repo.tags["a"])
     assert repo.private
     assert repo.tags["a"] == repo.tags["b"] == repo.branches["dev"]
     assert repo.titles[repo.tags["a"]] == "Hello"
-    assert f"pushing {plain} to user/tiny: 4 files, 0.1 MB" in done.stderr
+    assert f"pushing {plain} to user/tiny: 4 files, 0.1 MB" in client.printed[1]
 
 
-def test_queued_pushes_are_finished(hub: HubServer, queued: Path, tmp_path: Path) -> None:
-    done = tinygpt(hub, tmp_path, str(queued))
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == "2 of 2 pushes made\n"
+def test_queued_pushes_are_finished(hub: HubServer, client: HubClient, queued: Path) -> None:
+    assert command(client, str(queued)) == 0
+    assert client.printed[0] == "2 of 2 pushes made\n"
     assert list(hub.repos["user/tiny"].tags) == ["step-2", "step-4"]
-    assert "pushing 000001-step-000002 to user/tiny" in done.stderr
+    assert "pushing 000001-step-000002 to user/tiny" in client.printed[1]
 
 
 def test_a_failure_is_one_line_that_says_what_to_do(hub: HubServer, queued: Path, tmp_path: Path) -> None:
-    done = tinygpt(hub, tmp_path, str(queued), "--pending", token=None)
+    line = [sys.executable, "-W", "error", "-m", "tinygpt", "push", str(queued), "--pending"]
+    environment = client_environment(hub, tmp_path, token=None)
+    done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("error: ")
     assert "there is no access token" in done.stderr

@@ -171,7 +171,7 @@ def _summary(record: RunRecord) -> str:
         return text + ", saved with tinygpt. The run that trained it left no record here."
     text += f", trained with tinygpt for {record.step:,} steps" if record.step is not None else ", trained with tinygpt"
     if isinstance(tokens := record.fact("tokens"), int):
-        text += f" on {tokens:,} tokens, {tokens / total:.1f} a parameter"
+        text += f" on {tokens:,} tokens, {tokens / total:.3g} a parameter"
     return text + ". This page is written from the record of its training run."
 
 
@@ -254,14 +254,17 @@ def _training(record: RunRecord) -> str:
     rows: list[tuple[str, Any]] = [
         ("steps", record.step),
         ("optimizer", record.fact("optimizer_class")),
-        ("training time", f"{seconds / 3600:,.2f} hours" if isinstance(seconds, int | float) else None),
+        ("training time", _duration(seconds) if _is_number(seconds) else None),
         ("speed, median", f"{median(speeds):,.0f} tokens a second" if speeds else None),
         (f"training loss, mean of the last {len(losses)} steps", f"{fmean(losses):.4f}" if losses else None),
         ("peak memory", f"{peak / 2**20:,.0f} MiB" if isinstance(peak, int | float) else None),
     ]
     for part in ("settings", "environment"):
         facts = record.fact(part)
-        rows += list(facts.items()) if isinstance(facts, dict) else [(_MISSING_PART[part], None)]
+        if isinstance(facts, dict):
+            rows += [(key, "none" if value is None else value) for key, value in facts.items()]
+        else:
+            rows.append((_MISSING_PART[part], None))
     return table(("", ""), rows)
 
 
@@ -312,10 +315,14 @@ def _limits(record: RunRecord) -> str:
         f"It sees no further back than {number(record.config.max_seq_len)} tokens.",
     ]
     if _last_evaluation(record):
-        lines.append("Bits per byte measure how well it predicts one kind of text. Nothing else was measured.")
+        lines.append("Bits per byte measure how well it predicts one kind of text. Nothing else is recorded.")
     else:
         lines.append("No measurement is recorded: measure it on your own text before you rely on it.")
     return "\n".join(f"- {line}" for line in lines)
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 3600:,.2f} hours" if seconds >= 3600 else f"{seconds:,.0f} seconds"
 
 
 def _is_number(value: object) -> bool:
