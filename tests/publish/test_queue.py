@@ -130,6 +130,9 @@ while queue.pending:
 result = queue.close()
 """
     assert do(client, QUEUE + code, copy) == []
+    hub.repos.clear()
+    hub.fail("POST", "/commit/", status=503, times=4)
+    assert do(client, QUEUE + "result = queue.close()", copy) == []  # also while it is being closed
     assert hub.left_to_fail() == 0
     assert tags_in_order(hub) == ["step-2", "step-4", "step-6"]
 

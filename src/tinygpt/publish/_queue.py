@@ -95,6 +95,7 @@ class PushQueue:
         self._changed = threading.Condition()
         self._arrivals = 0
         self._closing = False
+        self._deadline = 0.0
         self._reported = ""
 
     def __call__(self, checkpoint: Path) -> None:
@@ -117,7 +118,7 @@ class PushQueue:
         return [] if self.folder is None else pending_pushes(self.folder)
 
     def close(self, wait_seconds: float | None = None) -> list[PendingPush]:
-        """Try what is left once more, wait for pushes under way, and log what could not be pushed.
+        """Go on with what is left, as long as it may help and there is time, and log what could not be pushed.
 
         Args:
             wait_seconds: How long to wait; `None` for what the queue was made with.
@@ -129,6 +130,7 @@ class PushQueue:
         left = self._look()
         with self._changed:
             self._closing = True
+            self._deadline = time.monotonic() + wait_seconds
             self._changed.notify_all()
             if left:
                 logger.info("waiting up to %.0f seconds for %d pushes; Ctrl-C leaves them.", wait_seconds, len(left))
@@ -192,15 +194,19 @@ class PushQueue:
         failures = 0
         while True:
             with self._changed:
-                seen, last_try = self._arrivals, self._closing
+                seen = (self._arrivals, self._closing)
             passing = self._push_all()
-            failures = 0 if passing is None else failures + 1
             with self._changed:
-                if last_try and seen == self._arrivals:
+                if seen != (self._arrivals, self._closing):
+                    failures = 0
+                    continue
+                left = self._deadline - time.monotonic()
+                if self._closing and not (passing and left > 0):
                     self._thread = None
                     return
-                if not self._closing and seen == self._arrivals:
-                    self._changed.wait(self._wait(failures) if passing else None)
+                failures = 0 if passing is None else failures + 1
+                pause = self._wait(failures) if passing else None
+                self._changed.wait(min(pause, left) if pause and self._closing else pause)
 
     def _wait(self, failures: int) -> float:
         doubled = min(_FIRST_WAIT_SECONDS * 2 ** min(failures - 1, 30), _LONGEST_WAIT_SECONDS)
