@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 
 import tinygpt
-from tinygpt.cli import _compare, _report, _tokenize
+from tinygpt.cli import _compare, _push, _report, _tokenize
 from tinygpt.errors import TinyGPTError
 
 
@@ -18,11 +18,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0, or 2 after an error, which is printed in one line, or 130 if the user stopped it.
     """
-    about = "Prepare data for training, report on runs. Everything else is used from Python."
+    about = "Prepare data for training, report on runs, publish them. Everything else is used from Python."
     parser = argparse.ArgumentParser(prog="tinygpt", description=about)
     parser.add_argument("--version", action="version", version=f"tinygpt {tinygpt.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (_tokenize, _report, _compare):
+    for command in (_tokenize, _report, _compare, _push):
         command.add_command(commands)
     options = parser.parse_args(arguments)
     try:
