@@ -42,11 +42,14 @@ def test_stop_tokens_end_the_text_and_are_left_out(model: GPT) -> None:
 
 def test_tokens_come_one_by_one_and_the_mode_is_put_back(model: GPT) -> None:
     model.train()
-    stream = stream_tokens(model, [256], max_new_tokens=5, seed=0)
-    first = next(stream)
-    assert not model.training
-    stream.close()
+    modes = []
+    handle = model.blocks[0].register_forward_pre_hook(lambda block, _: modes.append(block.training))
+    first = next(stream_tokens(model, [256], max_new_tokens=5, seed=0))
+    handle.remove()
+    assert modes == [False]
     assert model.training
+    assert model.blocks[0].training
+    model.eval()
     assert first == generate(model, [256], max_new_tokens=1, seed=0)[0]
 
 
@@ -54,22 +57,18 @@ def test_streamed_text_never_splits_a_character() -> None:
     text = "naïve — 😀"
     ids = [*text.encode(), 256]
 
-    class Recites(GPT):
-        """Writes one fixed text, byte by byte."""
+    class Recites(torch.nn.Module):
+        """A head that writes one fixed text, byte by byte."""
 
-        def __init__(self) -> None:
-            super().__init__(
-                embedding=torch.nn.Embedding(257, 4), blocks=[torch.nn.Identity()], head=torch.nn.Identity()
-            )
+        position = -1
 
-        def hidden_states(self, token_ids, *, cache=None):  # type: ignore[no-untyped-def]
-            self.position = getattr(self, "position", -1) + 1
-            return torch.nn.functional.one_hot(torch.tensor([[ids[self.position]]]), 257) * 1e4
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.position += 1
+            return torch.nn.functional.one_hot(torch.tensor([ids[self.position]]), 257) * 1e4
 
-        def new_cache(self, batch, *, max_seq_len=None):  # type: ignore[no-untyped-def]
-            return object()
-
-    pieces = list(stream_text(Recites(), ByteTokenizer(), "Say:", max_new_tokens=50))
+    model = GPT.from_config(GPTConfig.from_depth(1, head_dim=16, width_per_layer=16, vocab_size=257, max_seq_len=64))
+    model.head = Recites()
+    pieces = list(stream_text(model, ByteTokenizer(), "Say:", max_new_tokens=50))
     assert pieces == list(text)
 
 
