@@ -349,9 +349,7 @@ def test_a_broken_model_is_said() -> None:
         ([1], {"stop_strings": ["a"]}, "stop_strings need an engine with a tokenizer"),
     ],
 )
-def test_requests_that_cannot_work_are_refused(
-    model: GPT, prompt: Any, options: dict[str, Any], message: str
-) -> None:
+def test_requests_that_cannot_work_are_refused(model: GPT, prompt: Any, options: dict[str, Any], message: str) -> None:
     engine = Engine(model)
     with pytest.raises(ConfigError, match=message):
         engine.add(prompt, GenerationConfig(**{"max_new_tokens": 4, **options}))

@@ -102,7 +102,7 @@ def test_log_probabilities_are_those_of_softmax() -> None:
 
 
 def test_logits_of_another_shape_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"logits must be floats of shape \(batch, vocab\), got torch.float32 of \(4,\)"):
+    with pytest.raises(ConfigError, match=r"must be floats of shape \(batch, vocab\), got torch.float32 of \(4,\)"):
         sample_token(torch.zeros(4))
 
 

@@ -1,5 +1,7 @@
 """Streamed text: whole characters, no part of a stop string, and all of the rest."""
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,7 +12,7 @@ from tinygpt.generate._text import TextStream
 def streamed(data: bytes, cuts: list[int], stops: list[str]) -> tuple[str, bool]:
     stream = TextStream(stops)
     edges = [0, *sorted(cut % (len(data) + 1) for cut in cuts), len(data)]
-    text = "".join(stream.push(data[start:end]) for start, end in zip(edges, edges[1:], strict=False))
+    text = "".join(stream.push(data[start:end]) for start, end in pairwise(edges))
     return text + stream.finish(), stream.stopped
 
 

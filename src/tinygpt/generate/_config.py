@@ -47,7 +47,8 @@ class GenerationConfig(Config):
 
     References:
         `top_p`: Holtzman et al., [The Curious Case of Neural Text
-        Degeneration](https://arxiv.org/abs/1904.09751), 2019. `min_p`: Nguyen et al., [Turning Up the Heat](https://arxiv.org/abs/2407.01082), 2024. `repetition_penalty`:
+        Degeneration](https://arxiv.org/abs/1904.09751), 2019. `min_p`: Nguyen et al., [Turning Up the
+        Heat](https://arxiv.org/abs/2407.01082), 2024. `repetition_penalty`:
         Keskar et al., [CTRL](https://arxiv.org/abs/1909.05858), 2019. Keeping the first token when sliding: Xiao et
         al., [Efficient Streaming Language Models with Attention Sinks](https://arxiv.org/abs/2309.17453), 2023, which
         keeps shifting the cache instead of reading anew.

@@ -137,7 +137,7 @@ class Engine:
             The id that the events of this request carry.
 
         Raises:
-            ConfigError: If the prompt is empty, holds a wrong id or does not fit, or the options do not suit the engine.
+            ConfigError: If the prompt is empty, too long or holds a wrong id, or the options do not suit the engine.
         """
         config = GenerationConfig() if config is None else config
         if not isinstance(config, GenerationConfig):

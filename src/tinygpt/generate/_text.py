@@ -29,7 +29,7 @@ class TextStream:
         if self.stopped:
             return ""
         text = self._held + new
-        # The one that ends first: it ends a text that comes letter by letter, and so also one that comes in long pieces.
+        # The one that ends first: so the text is the same whether it comes letter by letter or in long pieces.
         ends = [(place + len(stop), place) for stop in self._stop_strings if (place := text.find(stop)) >= 0]
         if ends:
             self.stopped = True

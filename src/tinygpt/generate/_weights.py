@@ -28,8 +28,8 @@ def reading_copy(model: GPT, weights: Weights) -> GPT:
 
     Args:
         model: The model.
-        weights: `"float32"` rounds nothing: on a CPU with oneDNN the matrices are laid out in its blocks, which it reads
-            about twice as fast; elsewhere this is a plain copy. `"bfloat16"` halves the bytes and rounds inputs of
+        weights: `"float32"` rounds nothing: on a CPU with oneDNN the matrices are laid out in its blocks, read about
+            twice as fast; elsewhere this is a plain copy. `"bfloat16"` halves the bytes and rounds inputs of
             products as well. `"int8"` quarters them: each row of a matrix becomes integers and a scale.
 
     Returns:
