@@ -73,7 +73,7 @@ MODELS = {
 
 
 @pytest.mark.parametrize("fields", MODELS.values(), ids=MODELS.keys())
-@settings(max_examples=6)
+@settings(max_examples=5)
 @given(data=st.data())
 def test_every_step_has_the_logits_of_a_full_forward_pass(fields: dict[str, Any], data: st.DataObject) -> None:
     """Requests of any length come at any time, for any number of samples, and share any number of slots."""
@@ -106,7 +106,7 @@ def test_a_ring_holds_through_many_turns(model: GPT) -> None:
         assert_logits_of_a_full_forward(model, prompt, events)
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(data=st.data())
 def test_a_text_does_not_depend_on_its_neighbours(model: GPT, data: st.DataObject) -> None:
     engine = Engine(model, num_slots=4)

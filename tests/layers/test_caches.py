@@ -75,11 +75,15 @@ def test_a_step_needs_texts_with_room(slots: SlotCache) -> None:
     assert slots.lengths == [4, 8, 0]
 
 
-def test_rows_at_different_positions_are_no_one_length(slots: SlotCache) -> None:
+def test_rows_at_different_positions_have_no_one_length(slots: SlotCache) -> None:
     read(slots, 0, 3)
-    layer = slots.step(1).layers[0]
-    with pytest.raises(ConfigError, match=r"call cache\.attend\(q, k, v"):
-        layer.append(*torch.zeros(2, 1, 2, 1, 16))
+    keys, _ = slots.step(1).layers[0].append(*torch.ones(2, 1, 2, 1, 16))
+    assert keys.shape == (1, 2, 4, 16)
+    assert bool((keys[:, :, 3] == 1).all())
+    read(slots, 1, 3)
+    layer = slots.step(2).layers[0]
+    with pytest.raises(ConfigError, match=r"take cache\.position, and call cache\.attend\(q, k, v"):
+        layer.append(*torch.zeros(2, 2, 2, 1, 16))
 
 
 def test_slots_of_rows_are_made_from_any_cache() -> None:

@@ -122,6 +122,7 @@ class _Places:
         self.positions = positions
         self.rows = torch.arange(len(positions), device=positions.device)
         self._lengths = lengths
+        self.common_length = lengths[0] if lengths is not None and min(lengths) == max(lengths) else None
         self._known: dict[int, tuple[Tensor, int, Tensor | None]] = {}
         self._rotations: dict[RotaryEmbedding, tuple[Tensor, Tensor]] = {}
 
@@ -150,8 +151,16 @@ class _StepLayer(LayerCache):
         rows = len(places.positions)
         self._keys, self._values = layer._keys[:rows], layer._values[:rows]
         self.max_seq_len, self.window_tokens = layer.max_seq_len, layer.window_tokens
-        self.length = 0  # that of no row
         self._places = places
+
+    @property
+    def length(self) -> int:  # type: ignore[override]
+        if self._places.common_length is None:
+            raise ConfigError(
+                "rows of this cache hold different numbers of positions, so it has no length, and append cannot say "
+                "what a query sees: take cache.position, and call cache.attend(q, k, v, window_tokens=..., scale=...)."
+            )
+        return self._places.common_length
 
     @property
     def position(self) -> Tensor:
@@ -161,20 +170,21 @@ class _StepLayer(LayerCache):
         return self._places.rotation(rope)
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        raise ConfigError(
-            "rows of this cache stand at different positions, so append cannot say which of them a query sees; "
-            "call cache.attend(q, k, v, window_tokens=..., scale=...) and take cache.position for a rotation."
-        )
+        return self._write(k, v, min(self.length + 1, self._keys.shape[2]))
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, *, window_tokens: int | None = None, scale: float | None = None
     ) -> Tensor:
         self._check_window(window_tokens)
-        index, looked_at, visible = self._places.of(self._keys.shape[2])
-        self._keys[self._places.rows, :, index] = k[:, :, 0].detach()
-        self._values[self._places.rows, :, index] = v[:, :, 0].detach()
-        keys, values = self._keys[:, :, :looked_at], self._values[:, :, :looked_at]
-        return one_query_attention(q, keys, values, visible=visible, scale=scale)
+        _, looked_at, visible = self._places.of(self._keys.shape[2])
+        k, v = self._write(k, v, looked_at)
+        return one_query_attention(q, k, v, visible=visible, scale=scale)
+
+    def _write(self, k: Tensor, v: Tensor, looked_at: int) -> tuple[Tensor, Tensor]:
+        rows, (index, _, _) = self._places.rows, self._places.of(self._keys.shape[2])
+        self._keys[rows, :, index] = k[:, :, 0].detach()
+        self._values[rows, :, index] = v[:, :, 0].detach()
+        return self._keys[:, :, :looked_at], self._values[:, :, :looked_at]
 
 
 class _StepCache(KVCache):
