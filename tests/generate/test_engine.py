@@ -327,13 +327,19 @@ def test_a_compiled_step_is_compiled_once_and_writes_the_same(monkeypatch: pytes
     torch._dynamo.reset()
 
 
-def test_a_broken_model_is_said() -> None:
+def test_a_broken_model_is_said_and_what_waits_can_go_on() -> None:
     broken = make_model()
-    torch.nn.init.constant_(broken.head.weight, float("nan"))
-    engine = Engine(broken)
+    weight = broken.head.weight.detach().clone()
+    engine = Engine(broken, num_slots=1)
     engine.add([1], GenerationConfig(max_new_tokens=3))
+    second = engine.add([2, 3], GenerationConfig(max_new_tokens=3, seed=0))
+    engine.step()
+    torch.nn.init.constant_(broken.head.weight, float("nan"))
     with pytest.raises(NonFiniteError, match="logits are not finite"):
         engine.step()
+    broken.head.weight.data.copy_(weight)
+    assert (engine.num_active, engine.num_waiting) == (0, 1)
+    assert tokens_of(texts_of(engine)[second, 0]) == generate(broken, [2, 3], max_new_tokens=3, seed=0)
 
 
 @pytest.mark.parametrize(

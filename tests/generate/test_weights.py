@@ -100,6 +100,17 @@ def test_an_engine_reads_the_copy_and_not_what_comes_later(model: GPT) -> None:
     assert generate_batch(engine, [[1, 2, 3]], config)[0][0].token_ids == expected
 
 
+def test_a_copy_for_the_compiler_keeps_the_usual_layout(model: GPT) -> None:
+    copy = reading_copy(model, "float32", for_compiler=True)
+    assert copy.blocks[0].mlp.up_proj.weight.shape == model.blocks[0].mlp.up_proj.weight.shape
+    assert relative_error(model, copy) < 1e-6
+    Engine(model, compile=True, weights="float32")
+    if weights_module._in_blocks(torch.randn(64, 64)) is None:
+        pytest.skip("no oneDNN here")
+    with pytest.raises(ConfigError, match="make the copy with for_compiler=True"):
+        Engine(reading_copy(model, "float32"), compile=True)
+
+
 def test_unknown_weights_are_refused(model: GPT) -> None:
     with pytest.raises(ConfigError, match="weights='int4' is unknown; choose one of float32, bfloat16, int8"):
         reading_copy(model, "int4")  # type: ignore[arg-type]

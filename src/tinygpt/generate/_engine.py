@@ -13,7 +13,7 @@ from tinygpt.generate._readers import CachedReader, Reader, UncachedReader
 from tinygpt.generate._requests import Request, Row, TokenEvent, TokenLogprobs, check_length, check_prompt, slid
 from tinygpt.generate._sampling import choose, log_probabilities
 from tinygpt.generate._text import TextStream
-from tinygpt.generate._weights import Weights, reading_copy
+from tinygpt.generate._weights import Weights, needs_no_compiler, reading_copy
 from tinygpt.model import GPT
 from tinygpt.tokenizer import Tokenizer
 
@@ -84,13 +84,18 @@ class Engine:
             )
         if compile and not use_cache:
             raise ConfigError("compile=True needs the cache, whose shapes do not change; drop use_cache=False.")
+        if compile and needs_no_compiler(model):
+            raise ConfigError(
+                "this copy's matrices lie in a layout that the compiler does not know: give the model itself and "
+                "weights=..., or make the copy with for_compiler=True."
+            )
         vocab_size = model.vocab_size
         if tokenizer is not None and vocab_size is not None and tokenizer.vocab_size > vocab_size:
             raise ConfigError(
                 f"the tokenizer has {tokenizer.vocab_size} ids, more than the model's vocab_size={vocab_size}: use "
                 "the tokenizer the model was trained with."
             )
-        self._model = model if weights is None else reading_copy(model, weights)
+        self._model = model if weights is None else reading_copy(model, weights, for_compiler=compile)
         self._tokenizer = tokenizer
         self.num_slots = num_slots
         self.max_seq_len = length
@@ -168,13 +173,20 @@ class Engine:
     def step(self) -> list[TokenEvent]:
         """Draw one token of every text, begin waiting requests for which there is room, and return what happened.
 
+        Whatever ends a step early, an error in the model or Ctrl-C, also ends the texts that were being written, as
+        they may have been read halfway. Requests that wait stay, and the engine can go on.
+
         Raises:
             NonFiniteError: If the model gives logits that are not finite.
         """
-        with torch.inference_mode(), _evaluating(self._model):
-            events = self._decode() if self._rows else []
-            while self._waiting and self._waiting[0].num_samples <= self.num_slots - len(self._rows):
-                events += self._begin(self._waiting.popleft())
+        try:
+            with torch.inference_mode(), _evaluating(self._model):
+                events = self._decode() if self._rows else []
+                while self._waiting and self._waiting[0].num_samples <= self.num_slots - len(self._rows):
+                    events += self._begin(self._waiting.popleft())
+        except BaseException:
+            self._rows.clear()
+            raise
         return events
 
     def run(self) -> Iterator[TokenEvent]:

@@ -19,7 +19,7 @@ _LAYOUT_ROWS = 8  # rows that oneDNN lays a weight out for; measured best or lev
 _INT8_KERNEL_ROWS = 16  # beyond it the product of int8 weights is slower than one with weights made floats again
 
 
-def reading_copy(model: GPT, weights: Weights) -> GPT:
+def reading_copy(model: GPT, weights: Weights, *, for_compiler: bool = False) -> GPT:
     """Return a copy for inference that shares all tensors with the model but the matrices of its linear layers.
 
     Those are copied in the layout or the precision that `weights` names; a matrix product then reads fewer bytes, or
@@ -31,6 +31,7 @@ def reading_copy(model: GPT, weights: Weights) -> GPT:
         weights: `"float32"` rounds nothing: on a CPU with oneDNN the matrices are laid out in its blocks, read about
             twice as fast; elsewhere this is a plain copy. `"bfloat16"` halves the bytes and rounds inputs of
             products as well. `"int8"` quarters them: each row of a matrix becomes integers and a scale.
+        for_compiler: Whether the copy will be compiled: its matrices then keep the usual layout, which compilers know.
 
     Returns:
         The copy, in evaluation mode; its matrices cannot be trained.
@@ -53,11 +54,16 @@ def reading_copy(model: GPT, weights: Weights) -> GPT:
     twin = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
     for name, module in list(twin.named_modules()):
         if type(module) in (Linear, nn.Linear, LMHead) and min(module.weight.shape) >= _SMALLEST_WIDTH:
-            twin.set_submodule(name, _stored(module, weights))
+            twin.set_submodule(name, _stored(module, weights, in_blocks=not for_compiler))
     return twin.eval()
 
 
-def _stored(module: Any, weights: Weights) -> nn.Module:
+def needs_no_compiler(model: GPT) -> bool:
+    """Return whether matrices lie in a layout that compilers do not know."""
+    return any(isinstance(module, _PackedLinear) and module.in_blocks for module in model.modules())
+
+
+def _stored(module: Any, weights: Weights, *, in_blocks: bool) -> nn.Module:
     cap = None
     weight = module.weight.detach()
     if isinstance(module, LMHead):
@@ -66,7 +72,7 @@ def _stored(module: Any, weights: Weights) -> nn.Module:
     if weights == "int8":
         stored = _Int8Linear(weight, module.bias)
     else:
-        stored = _PackedLinear(weight.to(getattr(torch, weights)), module.bias)
+        stored = _PackedLinear(weight.to(getattr(torch, weights)), module.bias, in_blocks=in_blocks)
     return _CappedHead(stored, cap) if isinstance(module, LMHead) else stored
 
 
@@ -86,11 +92,11 @@ class _CappedHead(nn.Module):
 class _PackedLinear(nn.Module):
     """A product in the dtype of its weight, with input and output in the dtype of the input."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, *, in_blocks: bool) -> None:
         super().__init__()
         self.dtype = weight.dtype
         self.bias = None if bias is None else bias.detach()
-        packed = _in_blocks(weight)
+        packed = _in_blocks(weight) if in_blocks else None
         self.in_blocks = packed is not None
         self.weight: Tensor
         self.register_buffer("weight", weight.clone() if packed is None else packed, persistent=False)
