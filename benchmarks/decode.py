@@ -11,6 +11,7 @@ use: `pip install --no-deps litgpt lightning lightning-utilities torchmetrics li
 """
 
 import argparse
+import gc
 import importlib
 import time
 from collections.abc import Callable
@@ -162,6 +163,7 @@ def speed_rows(model: GPT, copies: dict[str, GPT], rows: int, args: argparse.Nam
     writers["transformers"] = transformers_writer(model.config, prompts, args.new)
     writers["litgpt"] = litgpt_writer(model.config, prompts, args.new)
     found = {f"batch {rows}, {name}": writer for name, writer in writers.items() if writer is not None}
+    gc.freeze()  # the libraries hold a million objects, which each collection between two runs would go through
     time_rounds(dict(found), args.rounds)
     # The unmeasured run came first.
     result = timed_rows({name: writer.rest[1:] for name, writer in found.items()}, baseline=f"batch {rows}, {OURS}")

@@ -1,6 +1,8 @@
 """The engine's view of a model: prompts in, one token more for every text, logits out."""
 
+import sys
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 import torch
@@ -49,8 +51,7 @@ class CachedReader:
 
     def prefill(self, slot: int, token_ids: Sequence[int]) -> Tensor:
         cache = self._slots.begin(slot)
-        # Every new length would be compiled anew, until torch gives up and runs training eagerly as well.
-        with torch.compiler.set_stance("force_eager"):
+        with _eagerly():
             logits = _next_logits(self._model, self._tensor([token_ids]), cache)
         self._slots.commit(slot, cache)
         return logits
@@ -58,7 +59,7 @@ class CachedReader:
     def decode(self, token_ids: Sequence[int]) -> Tensor:
         if self._compiled is not None:
             return self._decode_compiled(self._compiled, token_ids)
-        with torch.compiler.set_stance("force_eager"):
+        with _eagerly():
             cache = self._slots.step(len(token_ids))
             return _next_logits(self._model, self._tensor(token_ids)[:, None], cache)
 
@@ -100,7 +101,7 @@ class UncachedReader:
     def prefill(self, slot: int, token_ids: Sequence[int]) -> Tensor:
         self._texts[slot] = list(token_ids)
         device = next(self._model.parameters()).device
-        with torch.compiler.set_stance("force_eager"):
+        with _eagerly():
             return _next_logits(self._model, torch.tensor([token_ids], device=device), None)
 
     def decode(self, token_ids: Sequence[int]) -> Tensor:
@@ -111,6 +112,15 @@ class UncachedReader:
 
     def length(self, slot: int) -> int:
         return len(self._texts[slot])
+
+
+def _eagerly() -> AbstractContextManager[object]:
+    """Leave compiled blocks uncompiled.
+
+    Every new length would be compiled anew, until torch gives up and runs training eagerly as well. Where the compiler
+    was never imported nothing is compiled, and importing it here would take seconds.
+    """
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 def _next_logits(model: GPT, token_ids: Tensor, cache: object) -> Tensor:
