@@ -5,14 +5,14 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from tinygpt.checkpoint import load_state, verify
+from tinygpt.checkpoint import load_state, load_tensors, verify
 from tinygpt.data import BatchLoader
 from tinygpt.errors import CheckpointError, TinyGPTError
 from tinygpt.trainer._changes import Change, compare_rates, compare_values, format_changes, refuse_unaccepted
 from tinygpt.trainer._random import restore_random_state
+from tinygpt.trainer._saving import checked_evaluation
 from tinygpt.trainer._state import WEIGHTS_FILE, environment, loader_state, model_config, plain_module, settings
 
 if TYPE_CHECKING:
@@ -23,12 +23,12 @@ _TOPICS = {"tokens of a step": "schedule", "loss": "model"}
 logger = logging.getLogger("tinygpt")
 
 
-def load(trainer: "Trainer", folder: Path, accept: Collection[str]) -> list[Change]:
+def load(trainer: "Trainer", folder: Path, accept: Collection[str], *, verified: bool) -> list[Change]:
     """Compare, refuse what was not accepted, then load loader, optimizer, weights and random state, all or nothing."""
-    state = load_state(folder)
-    if WEIGHTS_FILE not in verify(folder):
+    if WEIGHTS_FILE not in verify(folder, hashes=not verified):
         raise CheckpointError(f"{folder} holds no {WEIGHTS_FILE}.")
-    weights = load_file(folder / WEIGHTS_FILE)
+    state = load_state(folder, verified=True)
+    weights = load_tensors(folder / WEIGHTS_FILE)
     loader: Any = trainer.loader
     before = loader_state(trainer)
     try:
@@ -38,19 +38,21 @@ def load(trainer: "Trainer", folder: Path, accept: Collection[str]) -> list[Chan
         changes = _compare(trainer, state)
         refuse_unaccepted(changes, accept)
         progress = (int(state["next_step"]), int(state["tokens"]), float(state["elapsed_seconds"]))
+        evaluations = [e for given in state.get("evaluations", []) if (e := checked_evaluation(given["step"], given))]
         _check_weights(plain_module(trainer.model), weights)
         _load_loader(trainer, state["loader"], accept)
         trainer.optimizer.load_state_dict(state["optimizer"])
         trainer.rates.restore_settings()
         plain_module(trainer.model).load_state_dict(weights, strict=True)
         restore_random_state(state["random"])
-    except (TinyGPTError, KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+    except (TinyGPTError, TypeError, ValueError, AttributeError, ArithmeticError, LookupError, RuntimeError) as error:
         if before is not None:
             loader.load_state_dict(before)  # as if nothing had been tried
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{folder} does not fit this run: {error}") from None
     trainer.set_progress(*progress)
+    trainer.evaluations = evaluations
     if changes:
         logger.warning("going on from %s at step %d, with changes:\n%s", folder, progress[0], format_changes(changes))
     return changes

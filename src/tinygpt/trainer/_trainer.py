@@ -1,20 +1,18 @@
 """The training loop."""
 
 import contextlib
-import math
 import sys
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from tinygpt import metrics
-from tinygpt.checkpoint import checkpoint_folder, latest_checkpoint, list_checkpoints, remove_old_checkpoints
+from tinygpt.checkpoint import RunLock, checkpoint_folder, latest_checkpoint, list_checkpoints, mark_latest, set_aside
 from tinygpt.data import Batch
-from tinygpt.errors import CheckpointError, ConfigError, NonFiniteError
+from tinygpt.errors import CheckpointError, ConfigError
 from tinygpt.losses import LossFunction, next_token_loss
 from tinygpt.metrics import MetricsFile, StepMetrics, Stopwatch
 from tinygpt.schedules import Schedule
@@ -27,8 +25,9 @@ from tinygpt.trainer._precision import set_precision
 from tinygpt.trainer._progress import progress_bar
 from tinygpt.trainer._rates import Rates
 from tinygpt.trainer._resume import load
+from tinygpt.trainer._saving import Save, Saver, checked_evaluation, tidier
 from tinygpt.trainer._signals import interruption, stop_on_signal
-from tinygpt.trainer._state import save
+from tinygpt.trainer._state import capture
 from tinygpt.trainer._step import train_step
 
 
@@ -49,7 +48,12 @@ class Trainer:
             of that kind alone.
         loss_fn: Called as `loss_fn(model, batch)`; returns a sum and a count.
         tokenizer: Saved into checkpoints, so that `from_pretrained` users can encode; `None` takes the loader's.
-        on_save: Called with the folder of each checkpoint once it is written, to publish it for example.
+        on_save: Called with the folder of each checkpoint once it is complete on disk, to publish it for example; by
+            the thread that trains, between two steps.
+
+    Attributes:
+        evaluations: What `record("evaluation", bpb=...)` was given, by step; saved and resumed.
+        protected_steps: Checkpoints of these steps are never deleted; add to it at will.
 
     Raises:
         ConfigError: If settings do not fit together.
@@ -102,6 +106,12 @@ class Trainer:
         self._flops: dict[int, int | None] = {}
         self._metrics_file: MetricsFile | None = None
         self._last_saved: Path | None = None
+        self.evaluations: list[dict[str, Any]] = []
+        self.protected_steps: set[int] = set()
+        self._saver = Saver(self._report_save)
+        self._lock: contextlib.AbstractContextManager[object] = (
+            contextlib.nullcontext() if config.out_dir is None else RunLock(config.out_dir)
+        )
 
     @property
     def step_tokens(self) -> int | None:
@@ -115,6 +125,11 @@ class Trainer:
         return self._watch.elapsed
 
     @property
+    def stall_seconds(self) -> float:
+        """How long training stood still for checkpoints since this trainer was made."""
+        return self._saver.stall_seconds
+
+    @property
     def checkpoint_dir(self) -> Path | None:
         """Folder of the checkpoints, inside `out_dir`."""
         return None if self.config.out_dir is None else Path(self.config.out_dir) / "checkpoints"
@@ -123,29 +138,38 @@ class Trainer:
         """Train from `next_step` to the end and yield after each step.
 
         Raises:
-            ConfigError: If `out_dir` holds another run's checkpoints, or batches do not make up `batch_tokens`.
+            ConfigError: If `out_dir` holds another run's checkpoints or cannot be written, or batches do not make up
+                `batch_tokens`.
             DataError: If the loader ends or a step has no target.
             NonFiniteError: If a loss or gradient is not finite; weights and optimizer are as before that step.
-            CheckpointError: If a checkpoint cannot be written.
+            CheckpointError: If a checkpoint cannot be written; one written in the background is reported between two
+                later steps. What was saved before stays, and the loop can be entered again. Also if another process
+                uses `out_dir`.
             Interrupted: After SIGINT or SIGTERM, once the state is saved; at an interactive prompt a KeyboardInterrupt.
         """
         return self._run()
 
     def _run(self) -> Generator[StepMetrics, None, None]:
-        output = self._open_output()
-        with stop_on_signal() as request:
-            while self.next_step < self.config.num_steps:
-                step = self._train_step()
-                if output is not None:
-                    output.write_step(step)
-                try:
-                    yield step
-                finally:  # also when the caller leaves the loop, or an evaluation in it fails
-                    self._save_if_due(stopping=request.signal_number is not None)
+        with self._lock, stop_on_signal() as request:
+            output = self._open_output()
+            try:
+                while self.next_step < self.config.num_steps:
+                    self._saver.poll()
+                    step = self._train_step()
+                    if output is not None:
+                        output.write_step(step)
+                    try:
+                        yield step
+                    finally:  # also when the caller leaves the loop, or an evaluation in it fails
+                        self._save_if_due(stopping=request.signal_number is not None)
+                        if request.signal_number is not None:
+                            self._report_stop()
                     if request.signal_number is not None:
-                        self._report_stop()
-                if request.signal_number is not None:
-                    raise interruption(request.signal_number)
+                        raise interruption(request.signal_number)
+            except BaseException:
+                self._saver.settle()
+                raise
+            self._saver.wait()
 
     def fit(self, hooks: Sequence[Hook] | Hook = (), *, progress: bool = True) -> StepMetrics | None:
         """Train to the end, calling each hook as `hook(trainer, step)` after every step.
@@ -167,12 +191,22 @@ class Trainer:
         return step
 
     def record(self, event: str, **fields: Any) -> None:
-        """Write a line of your own, such as an evaluation, to `metrics.jsonl` under the last finished step."""
-        if output := self._open_output():
-            output.write(event, self.next_step - 1, **fields)
+        """Write a line of your own to `metrics.jsonl` under the last finished step.
+
+        The `bpb` and `data_hash` of an `"evaluation"` are kept in checkpoints as well: `keep_best` ranks by them.
+
+        Raises:
+            ConfigError: If an evaluation's `bpb` is not a number, or `out_dir` cannot be written.
+            CheckpointError: If another process uses `out_dir`.
+        """
+        if event == "evaluation" and (evaluation := checked_evaluation(self.next_step, fields)):
+            self.evaluations = [e for e in self.evaluations if e["step"] != self.next_step] + [evaluation]
+        with self._lock:
+            if output := self._open_output():
+                output.write(event, self.next_step - 1, **fields)
 
     def save_state(self, folder: str | Path | None = None) -> Path:
-        """Write a checkpoint of everything that a bit-for-bit continuation needs.
+        """Write a checkpoint of everything that a bit-for-bit continuation needs, and return when it is complete.
 
         Args:
             folder: Where; `None` for `checkpoints/step-NNNNNN` in `out_dir`.
@@ -189,13 +223,20 @@ class Trainer:
             if self.checkpoint_dir is None:
                 raise ConfigError("save_state needs a folder, or a TrainerConfig with out_dir.")
             folder = checkpoint_folder(self.checkpoint_dir, self.next_step)
-        with torch.no_grad():
-            if not math.isfinite(torch.nn.utils.get_total_norm(list(self.model.parameters()))):
-                raise NonFiniteError(f"weights are not finite after step {self.next_step - 1}, so they are not saved.")
-        self._last_saved = save(self, Path(folder))
+        folder = Path(folder)
+        with self._lock:
+            self._save(folder, tidy=lambda: mark_latest(folder) if folder.parent == self.checkpoint_dir else None)
+        return folder
+
+    def _save(self, folder: Path, *, tidy: Callable[[], None], background: bool = False) -> None:
+        self._saver.save(folder, self.next_step, lambda memory: capture(self, memory), background=background, tidy=tidy)
+
+    def _report_save(self, save: Save) -> None:
+        self._last_saved = save.folder
+        if self._metrics_file is not None:
+            self._metrics_file.write("save", save.step - 1, **save.record())
         if self.on_save is not None:
-            self.on_save(self._last_saved)
-        return self._last_saved
+            self.on_save(save.folder)
 
     def load_state(self, folder: str | Path, *, accept: Collection[str] | str = ()) -> list[Change]:
         """Continue from a checkpoint, after comparing its run with this one.
@@ -213,8 +254,9 @@ class Trainer:
         Raises:
             CheckpointError: If the checkpoint is damaged or does not fit, or a difference was not accepted.
         """
-        accept = checked_accept(accept)
-        folder = Path(folder)
+        return self._load(Path(folder), checked_accept(accept), verified=False)
+
+    def _load(self, folder: Path, accept: Collection[str], *, verified: bool) -> list[Change]:
         if self.checkpoint_dir is not None:
             later = [path for path in list_checkpoints(self.checkpoint_dir) if path.name > folder.name]
             if later and folder.parent.resolve() == self.checkpoint_dir.resolve():
@@ -222,12 +264,13 @@ class Trainer:
                     f"{self.checkpoint_dir} goes on after {folder.name}, up to {later[-1].name}: "
                     "to branch from an earlier step choose another out_dir; to go on use trainer.resume()."
                 )
-        changes = load(self, folder, accept)
-        self._last_saved = folder
-        self._metrics_file = None
-        if output := self._open_output():
-            rows = [[c.name, c.was, c.will_be] for c in changes]
-            output.write("resume", self.next_step - 1, checkpoint=str(folder), changes=rows)
+        with self._lock:
+            changes = load(self, folder, accept, verified=verified)
+            self._last_saved = folder
+            self._metrics_file = None
+            if output := self._open_output():
+                rows = [[c.name, c.was, c.will_be] for c in changes]
+                output.write("resume", self.next_step - 1, checkpoint=str(folder), changes=rows)
         return changes
 
     def resume(self, *, accept: Collection[str] | str = ()) -> list[Change] | None:
@@ -243,17 +286,19 @@ class Trainer:
             raise ConfigError("resume looks into the out_dir of the TrainerConfig, and there is none.")
         if not self.checkpoint_dir.exists():
             return None
-        folder = latest_checkpoint(self.checkpoint_dir)
-        found = list_checkpoints(self.checkpoint_dir)
-        if folder is None and found:
-            raise CheckpointError(
-                f"no checkpoint in {self.checkpoint_dir} is whole; choose another out_dir to start over."
-            )
-        if folder is None:
-            return None
-        for damaged in found[found.index(folder) + 1 :]:
-            damaged.rename(damaged.with_name(f"damaged-{damaged.name}"))
-        return self.load_state(folder, accept=accept)
+        with self._lock:
+            folder = latest_checkpoint(self.checkpoint_dir)
+            found = list_checkpoints(self.checkpoint_dir)
+            if folder is None and found:
+                raise CheckpointError(
+                    f"no checkpoint in {self.checkpoint_dir} is whole; choose another out_dir to start over."
+                )
+            if folder is None:
+                return None
+            for damaged in found[found.index(folder) + 1 :]:
+                set_aside(damaged)
+            mark_latest(folder)
+            return self._load(folder, checked_accept(accept), verified=True)
 
     def set_progress(self, next_step: int, tokens: int, elapsed_seconds: float) -> None:
         """Set where the run stands; `load_state` does so, and nobody else needs to."""
@@ -272,7 +317,7 @@ class Trainer:
             index=self.next_step,
             batch_tokens=self.config.batch_tokens,
             grad_clip=self.config.grad_clip,
-            last_saved=self._last_saved,
+            last_saved=self._last_good,
         )
         self.tokens += result.tokens
         self.next_step += 1
@@ -294,6 +339,10 @@ class Trainer:
             elapsed_seconds=self._watch.elapsed,
         )
 
+    def _last_good(self) -> Path | None:
+        self._saver.settle()
+        return self._last_saved
+
     def _flops_per_token(self, seq_len: int) -> int | None:
         if seq_len not in self._flops:
             count = getattr(self.model, "flops_per_token", None)
@@ -307,9 +356,10 @@ class Trainer:
         due = self.next_step == self.config.num_steps or (every is not None and self.next_step % every == 0)
         there = checkpoint_folder(self.checkpoint_dir, self.next_step)
         if (due or stopping) and self._last_saved != there:
-            self.save_state()
-            if self.config.keep_last is not None:
-                remove_old_checkpoints(self.checkpoint_dir, keep_last=self.config.keep_last, keep=there)
+            # The last one is waited for in any case, and then a copy would only cost.
+            background = self.config.save_in_background and not stopping and self.next_step < self.config.num_steps
+            tidy = tidier(there, self.config, self.evaluations, self.protected_steps)
+            self._save(there, tidy=tidy, background=background)
 
     def _report_stop(self) -> None:
         if self.next_step == self.config.num_steps:
