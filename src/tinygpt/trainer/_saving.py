@@ -188,12 +188,13 @@ def tidier(
     folder: Path, config: TrainerConfig, evaluations: Sequence[Mapping[str, Any]], protect: Collection[int]
 ) -> Callable[[], None]:
     """Return what marks a checkpoint as the latest once it is complete, and deletes those that may go."""
-    steps = {checkpoint_step(path) for path in [*list_checkpoints(folder.parent), folder]}
-    kept = {checkpoint_step(folder), *protect, *best_steps(evaluations, steps, config.keep_best or 0)}
+    evaluations, protect = tuple(evaluations), set(protect)  # as they are now: training goes on meanwhile
 
     def tidy() -> None:
         mark_latest(folder)
         if config.keep_last is not None:
+            steps = {checkpoint_step(path) for path in list_checkpoints(folder.parent)}
+            kept = {checkpoint_step(folder), *protect, *best_steps(evaluations, steps, config.keep_best or 0)}
             remove_old_checkpoints(
                 folder.parent, keep_last=config.keep_last, keep_every=config.keep_every, protect=kept
             )
