@@ -92,7 +92,6 @@ def final_files(out: Path) -> list[bytes]:
 
 def kill(folder: Path, kills: int, draw: random.Random, say: Callable[[str], None]) -> Counter[str]:
     """Kill runs that often, resume each, and compare every finished one; return what the killed were doing."""
-    run_to_end(folder / "first")  # imports, and what the system reads once
     seconds = run_to_end(folder / "undisturbed")
     expected = final_files(folder / "undisturbed")
     seen: Counter[str] = Counter()

@@ -151,8 +151,12 @@ def _check_size(folder: Path, name: str, entry: Any) -> None:
 
 def _sha256_of(paths: Iterable[Path]) -> list[str]:
     """Hash files at the same time; hashlib lets other threads run meanwhile."""
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        return list(pool.map(_sha256, paths))
+    paths = list(paths)
+    try:
+        with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+            return list(pool.map(_sha256, paths))
+    except RuntimeError:  # the program is ending and starts no more threads
+        return [_sha256(path) for path in paths]
 
 
 def _sha256(path: Path) -> str:

@@ -97,13 +97,13 @@ class MetricsFile:
         temporary.replace(self.path)
 
     def write(self, event: str, step: int, **fields: Any) -> None:
-        """Append one line; numbers that are not finite become null.
+        """Append one line; numbers that are not finite become null, what JSON does not know text.
 
         Raises:
             CheckpointError: If it cannot be written; half a line is taken back.
         """
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in fields.items()}
-        line = json.dumps({"event": event, "step": step, "time": round(time.time(), 3), **clean})
+        line = json.dumps({"event": event, "step": step, "time": round(time.time(), 3), **clean}, default=str)
         try:
             size = self.path.stat().st_size if self.path.exists() else 0
             try:

@@ -1,6 +1,7 @@
 """Checkpoints written while training goes on: the same ones, nothing lost, no failure unseen, the right ones kept."""
 
 import itertools
+import subprocess
 import sys
 import threading
 import time
@@ -156,6 +157,22 @@ def test_a_loop_left_early_waits_and_a_failure_then_is_logged_and_raised_at_the_
         next(iter(trainer))
 
 
+def test_a_program_that_ends_with_its_loop_open_saves_what_is_due_and_ends(tmp_path: Path) -> None:
+    code = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from pathlib import Path
+from test_saving import make_trainer
+steps = iter(make_trainer(Path({str(tmp_path)!r})))
+for _ in range(4):
+    next(steps)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert steps_in(tmp_path) == [2, 4]
+    verify(tmp_path / "checkpoints" / "step-000004")
+
+
 def test_a_failing_on_save_is_raised_by_the_loop(tmp_path: Path) -> None:
     def fails(folder: Path) -> None:
         raise ValueError("not published")
@@ -293,9 +310,8 @@ def test_links_in_the_way_stop_the_run_before_anything_is_written(tmp_path: Path
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder that not even a superuser can write to")
 def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path) -> None:
-    for folder in (Path("/proc"), Path("/proc/run")):
-        with pytest.raises(ConfigError, match=rf"out_dir='{folder}' cannot be written"):
-            list(make_trainer(folder))
+    with pytest.raises(ConfigError, match=r"out_dir='/proc/run' cannot be written"):
+        list(make_trainer(Path("/proc/run")))
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="file' cannot be written"):
         make_trainer(tmp_path / "file").save_state()

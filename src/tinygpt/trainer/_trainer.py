@@ -158,10 +158,12 @@ class Trainer:
                     step = self._train_step()
                     if output is not None:
                         output.write_step(step)
+                    left = True
                     try:
                         yield step
+                        left = False
                     finally:  # also when the caller leaves the loop, or an evaluation in it fails
-                        self._save_if_due(stopping=request.signal_number is not None)
+                        self._save_if_due(stopping=request.signal_number is not None, left=left)
                         if request.signal_number is not None:
                             self._report_stop()
                     if request.signal_number is not None:
@@ -349,15 +351,16 @@ class Trainer:
             self._flops[seq_len] = None if count is None else count(seq_len)
         return self._flops[seq_len]
 
-    def _save_if_due(self, *, stopping: bool) -> None:
+    def _save_if_due(self, *, stopping: bool, left: bool) -> None:
         if self.config.out_dir is None or self.checkpoint_dir is None:
             return
         every = self.config.save_every
         due = self.next_step == self.config.num_steps or (every is not None and self.next_step % every == 0)
         there = checkpoint_folder(self.checkpoint_dir, self.next_step)
         if (due or stopping) and self._last_saved != there:
-            # The last one is waited for in any case, and then a copy would only cost.
-            background = self.config.save_in_background and not stopping and self.next_step < self.config.num_steps
+            # The last one is waited for in any case: a copy would only cost, and a program that is ending starts no thread.
+            last = stopping or left or self.next_step == self.config.num_steps
+            background = self.config.save_in_background and not last
             tidy = tidier(there, self.config, self.evaluations, self.protected_steps)
             self._save(there, tidy=tidy, background=background)
 
