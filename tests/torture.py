@@ -256,6 +256,7 @@ def corrupt(folder: Path, count: int, draw: random.Random, say: Callable[[str], 
     logging.getLogger("tinygpt").setLevel(logging.ERROR)
     shutil.copytree(original, folder / "warm")
     resume(folder / "warm")
+    str(torch.ones(1))  # imports what prints a tensor, which an error may do
     for trial in range(count):
         kind = KINDS[trial % len(KINDS)]
         out = shutil.copytree(original, folder / f"trial-{trial}")

@@ -1,11 +1,13 @@
 """Writing checkpoints behind the back of the training loop, and which of them stay."""
 
+import atexit
 import logging
 import math
 import threading
 import time
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,9 +79,31 @@ class Saver:
         self._unreported: Exception | None = None
         self._warned = False
 
-    def save(self, folder: Path, step: int, capture: Capture, *, background: bool, tidy: Callable[[], None]) -> None:
-        """Take the state now and write it, in a thread if `background`; an earlier save is waited for first."""
-        self.wait()
+    def save(
+        self,
+        folder: Path,
+        step: int,
+        capture: Capture,
+        *,
+        tidy: Callable[[], None],
+        background: bool = False,
+        left: bool = False,
+    ) -> None:
+        """Take the state now and write it; an earlier save is waited for first.
+
+        Args:
+            folder: Where.
+            step: How many steps were done.
+            capture: Takes the state.
+            tidy: Called when the checkpoint is complete.
+            background: Whether to copy the state and write it in a thread.
+            left: Whether the loop is being left by an error or `break`, so that a failure is kept as `settle` does.
+
+        Raises:
+            CheckpointError: If it failed, or the one before.
+        """
+        wait = self.settle if left else self.wait
+        wait()
         start = time.perf_counter()
         write = self._capture(capture) if background else None
         save = Save(folder, step, write or capture(None), tidy)
@@ -92,7 +116,7 @@ class Saver:
             save.thread.start()
         self._stood_still(save, start)
         if write is None:
-            self._finish(save)
+            wait()
 
     def poll(self) -> None:
         """Report a save that has finished meanwhile.
@@ -154,6 +178,17 @@ class Saver:
         seconds = time.perf_counter() - start
         save.stall_seconds += seconds
         self.stall_seconds += seconds
+
+
+def close_at_exit(steps: Generator[Any, None, None]) -> None:
+    """Close a loop that is still open when the program ends, while there is still enough of Python left to save."""
+    reference = weakref.ref(steps)
+
+    def close() -> None:
+        if (still_open := reference()) is not None:
+            still_open.close()
+
+    atexit.register(close)
 
 
 def checked_evaluation(step: int, fields: Mapping[str, Any]) -> dict[str, Any] | None:

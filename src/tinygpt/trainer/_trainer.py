@@ -25,7 +25,7 @@ from tinygpt.trainer._precision import set_precision
 from tinygpt.trainer._progress import progress_bar
 from tinygpt.trainer._rates import Rates
 from tinygpt.trainer._resume import load
-from tinygpt.trainer._saving import Save, Saver, checked_evaluation, tidier
+from tinygpt.trainer._saving import Save, Saver, checked_evaluation, close_at_exit, tidier
 from tinygpt.trainer._signals import interruption, stop_on_signal
 from tinygpt.trainer._state import capture
 from tinygpt.trainer._step import train_step
@@ -147,7 +147,9 @@ class Trainer:
                 uses `out_dir`.
             Interrupted: After SIGINT or SIGTERM, once the state is saved; at an interactive prompt a KeyboardInterrupt.
         """
-        return self._run()
+        steps = self._run()
+        close_at_exit(steps)
+        return steps
 
     def _run(self) -> Generator[StepMetrics, None, None]:
         with self._lock, stop_on_signal() as request:
@@ -230,8 +232,8 @@ class Trainer:
             self._save(folder, tidy=lambda: mark_latest(folder) if folder.parent == self.checkpoint_dir else None)
         return folder
 
-    def _save(self, folder: Path, *, tidy: Callable[[], None], background: bool = False) -> None:
-        self._saver.save(folder, self.next_step, lambda memory: capture(self, memory), background=background, tidy=tidy)
+    def _save(self, folder: Path, **options: Any) -> None:
+        self._saver.save(folder, self.next_step, lambda memory: capture(self, memory), **options)
 
     def _report_save(self, save: Save) -> None:
         self._last_saved = save.folder
@@ -358,11 +360,10 @@ class Trainer:
         due = self.next_step == self.config.num_steps or (every is not None and self.next_step % every == 0)
         there = checkpoint_folder(self.checkpoint_dir, self.next_step)
         if (due or stopping) and self._last_saved != there:
-            # The last one is waited for in any case: a copy would only cost, and a program that is ending starts no thread.
+            # The last one is waited for in any case: a copy would only cost, and a program that ends starts no thread.
             last = stopping or left or self.next_step == self.config.num_steps
-            background = self.config.save_in_background and not last
             tidy = tidier(there, self.config, self.evaluations, self.protected_steps)
-            self._save(there, tidy=tidy, background=background)
+            self._save(there, tidy=tidy, background=self.config.save_in_background and not last, left=left)
 
     def _report_stop(self) -> None:
         if self.next_step == self.config.num_steps:
