@@ -206,6 +206,14 @@ def test_checkpoints_are_written_from_a_thread_too(tmp_path: Path) -> None:
     assert announced == ["trains"] * 4
 
 
+def test_a_second_ctrl_c_while_it_is_written_is_still_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = Gate(monkeypatch)
+    gate.open.set()
+    gate.error = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        make_trainer(tmp_path).save_state()
+
+
 def test_a_save_asked_for_is_complete_when_it_returns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = make_trainer(tmp_path)
     next(itertools.islice(trainer, 2, None))

@@ -157,7 +157,7 @@ class Saver:
             self._on_complete(save)
         if save.error is None:
             return
-        if isinstance(save.error, CheckpointError):
+        if isinstance(save.error, CheckpointError) or not isinstance(save.error, Exception):  # a second Ctrl-C
             raise save.error
         raise CheckpointError(f"the checkpoint {save.folder} could not be written: {save.error!r}.") from save.error
 

@@ -220,7 +220,7 @@ class Trainer:
 
         Raises:
             ConfigError: If there is neither a folder nor an `out_dir`.
-            CheckpointError: If it cannot be written.
+            CheckpointError: If it cannot be written, or another process uses `out_dir`.
             NonFiniteError: If a weight is not finite: such a checkpoint could only mislead.
         """
         if folder is None:
