@@ -236,7 +236,7 @@ def main() -> None:
     scale = SCALES["smoke" if args.quick else "demo"]
     if args.quick:
         args.seeds = 1
-        scale = replace(scale, total_steps=2)
+        scale = replace(scale, total_steps=2, validation_tokens=256)
     if args.steps is not None:
         scale = replace(scale, total_steps=args.steps, warmup_steps=min(scale.warmup_steps, args.steps))
     names = [STANDARD, *(name for name in args.variants or every if name != STANDARD)]

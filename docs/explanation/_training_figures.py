@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from itertools import groupby
 from pathlib import Path
 
 import matplotlib as mpl
@@ -91,8 +92,11 @@ def best_fit() -> Figure:
         for y in range(10):
             row = packer.next_row(documents)
             assert row is not None
-            for x, token in enumerate(row.tolist()):
-                one.barh(y, 1, left=x, height=0.8, color="#3d444d" if token == -2 else colors[token], lw=0)
+            x = 0
+            for token, run in groupby(row.tolist()):
+                width = len(list(run))
+                one.barh(y, width, left=x, height=0.8, align="edge", color="#3d444d" if token == -2 else colors[token])
+                x += width
         lost = packer.utilization.cropped_fraction
         one.set(title=f"{overflow}: {lost:.0%} lost", xticks=[], yticks=[])
         one.invert_yaxis()

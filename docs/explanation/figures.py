@@ -29,7 +29,7 @@ def main() -> None:
     with mpl.rc_context(STYLE), torch.random.fork_rng():
         for name in args.names or FIGURES:
             path = args.out / f"{name}.svg"
-            FIGURES[name]().savefig(path, transparent=True, metadata={"Date": None})
+            FIGURES[name]().savefig(path, transparent=True, bbox_inches="tight", metadata={"Date": None})
             print(path)
 
 
