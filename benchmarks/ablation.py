@@ -35,6 +35,7 @@ from tinygpt.metrics import StepMetrics
 from tinygpt.model import GPTConfig, PartFactory
 from tinygpt.optim import MuonAdamW, nanochat_rules, param_groups
 from tinygpt.tokenizer import Tokenizer
+from tinygpt.trainer import Interrupted
 
 ROOT = Path(__file__).resolve().parents[1]
 STANDARD = "standard"
@@ -284,5 +285,6 @@ if __name__ == "__main__":
         main()
     except TinyGPTError as error:
         sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("\nstopped; run the same command again: finished runs are not repeated.")
+    except (KeyboardInterrupt, Interrupted):
+        print("finished runs are kept: run the same command again for the others.", file=sys.stderr)
+        sys.exit(130)

@@ -36,7 +36,7 @@ def heatmap(axes: Any, values: Tensor, color: str = BLUE) -> None:
     axes.imshow(image.numpy(), interpolation="nearest")
 
 
-STYLE = {
+STYLE: Any = {
     "svg.hashsalt": "tinygpt",  # the same picture is the same file
     "axes.edgecolor": GRAY,
     "axes.labelcolor": GRAY,

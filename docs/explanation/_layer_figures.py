@@ -211,7 +211,7 @@ class Writes(nn.Module):
 @figure
 def residual() -> Figure:
     page, axes = panels(1, height=3)
-    kinds = (
+    kinds: tuple[tuple[str, dict[str, Any], str], ...] = (
         ("plain residual stream", {"residual_scales": False, "x0_scales": False, "backout": False}, GRAY),
         ("with lambdas", {"backout": False}, ORANGE),
         ("with lambdas and backout", {}, BLUE),
@@ -230,12 +230,8 @@ def stream_share(layer: int, fields: dict[str, Any]) -> float:
     """Return the factor with which what this block wrote arrives at the end of a new 12-layer model; -1 is x0."""
     small = GPTConfig(vocab_size=64, max_seq_len=8, dim=64, num_heads=1, value_embeddings=False, **fields)
     model = GPT.from_config(small, mlp=lambda config, index: Writes(config.dim, 5 if index == layer else None))
-    model.final_norm = None
-    x0 = torch.zeros(1, 1, 64)
-    if layer == -1:
-        x0[..., 5] = 1.0
-    model.embedding_norm, model.smear = None, None
-    model.embedding = nn.Embedding.from_pretrained(x0[0].expand(64, 64).contiguous())
+    model.embedding_norm, model.smear, model.final_norm = None, None, None
+    nn.init.constant_(model.get_parameter("embedding.weight"), float(layer == -1))
     return model.hidden_states(torch.tensor([[1]]))[0, 0, 5].item()
 
 

@@ -11,7 +11,7 @@ from _drawing import BLUE, GRAY, GREEN, ORANGE, PURPLE, figure, panels
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from tinygpt.data import Packer
+from tinygpt.data import Overflow, Packer
 from tinygpt.optim import muon_update, orthogonalize
 from tinygpt.schedules import Schedule, cosine_weight_decay, muon_momentum, warmup_stable_decay
 
@@ -86,7 +86,8 @@ def best_fit() -> Figure:
     lengths = torch.randn(60).mul(0.8).add(2.5).exp().int().clamp_min(2).tolist()
     colors = [mpl.colormaps["Set2"](n % 7) for n in range(len(lengths))]
     page, axes = panels(3, height=2.4)
-    for one, overflow in zip(axes, ("crop", "carry", "concat"), strict=True):
+    ways: tuple[Overflow, ...] = ("crop", "carry", "concat")
+    for one, overflow in zip(axes, ways, strict=True):
         packer = Packer(row_tokens=32, bos_token_id=-2, buffer_documents=6, overflow=overflow)
         documents = iter([[number] * length for number, length in enumerate(lengths)])
         for y in range(10):
