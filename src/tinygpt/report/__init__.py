@@ -1,8 +1,19 @@
-"""Pictures: of a run from its metrics.jsonl, and of text, tokenizer and packing before one."""
+"""Pictures: of a run from its metrics.jsonl, of text, tokenizer and packing before one, of evaluations after."""
 
 from tinygpt.report._data import plot_documents as plot_documents
 from tinygpt.report._data import plot_packing as plot_packing
 from tinygpt.report._data import plot_tokenizer as plot_tokenizer
+from tinygpt.report._evals import plot_core as plot_core
+from tinygpt.report._evals import plot_domains as plot_domains
+from tinygpt.report._evals import plot_positions as plot_positions
 from tinygpt.report._run import plot_run as plot_run
 
-__all__ = ["plot_documents", "plot_packing", "plot_run", "plot_tokenizer"]
+__all__ = [
+    "plot_core",
+    "plot_documents",
+    "plot_domains",
+    "plot_packing",
+    "plot_positions",
+    "plot_run",
+    "plot_tokenizer",
+]
