@@ -19,7 +19,6 @@ from tinygpt.recipe._sections import (
     Positive,
     PushRecipe,
     SamplesRecipe,
-    ScheduleRecipe,
     SchedulesRecipe,
     TokenizerSection,
 )
@@ -127,6 +126,13 @@ class Recipe(Config):
                 f"the phases have {' + '.join(map(str, steps))} = {sum(steps)} steps and num_steps={self.num_steps}; "
                 "change the steps of a phase, phases.0.steps for example, and leave num_steps out."
             )
+        for place, section in [("schedules", self.schedules), *((f"phases.{i}", p) for i, p in enumerate(self.phases))]:
+            for name in ("lr", "momentum", "weight_decay"):
+                try:
+                    schedule = getattr(section, name)
+                    _ = schedule and schedule.build(self.total_steps)
+                except ConfigError as error:
+                    raise ValueError(f"{place}.{name}: {error}") from None
         return self
 
     @classmethod
@@ -137,6 +143,7 @@ class Recipe(Config):
         small: bool = False,
         tokens_per_parameter: float = 12.0,
         batch_tokens: int | None = None,
+        num_steps: int | None = None,
     ) -> Self:
         """Return the recipe of the documented family for a model of so many layers.
 
@@ -146,30 +153,48 @@ class Recipe(Config):
                 horizon, batch, rates and weight decay that `tinygpt.scaling.from_depth` gives, for a GPU.
             tokens_per_parameter: Length of the training, if not small.
             batch_tokens: Tokens of a step; `None` for what the rules give.
+            num_steps: Optimizer steps; `None` for what the rules give.
 
         Raises:
             ConfigError: If a number is out of range.
 
         Example:
             ```python
+            from tinygpt.recipe import Recipe
+
             recipe = Recipe.from_depth(12, batch_tokens=65_536)
             ```
         """
         if small:
-            return cls(**_small(depth, batch_tokens))
-        plan = scaling.from_depth(depth, tokens_per_parameter=tokens_per_parameter, batch_tokens=batch_tokens)
-        interval = max(1, min(1_000, plan.num_steps // 10))
+            steps = 300 if num_steps is None else num_steps
+            batch, warmup, momentum_warmup, lr_scale = batch_tokens or 2_048, 10, 60, 0.5
+            model = GPTConfig.from_depth(depth, head_dim=64, max_seq_len=256)
+            fields: dict[str, Any] = {"optimizer": {"lr_scale": lr_scale}}
+        else:
+            plan = scaling.from_depth(depth, tokens_per_parameter=tokens_per_parameter, batch_tokens=batch_tokens)
+            steps = plan.num_steps if num_steps is None else num_steps
+            batch, warmup, momentum_warmup = plan.batch_tokens, 40, 400
+            model = GPTConfig.from_depth(depth)
+            fields = {
+                "tokenizer": {"vocab_size": model.vocab_size},
+                # At most eight rows at a time: what the documented run fits into 12 GB with.
+                "data": {"rows": math.gcd(8, max(1, batch // model.max_seq_len)), "overflow": "crop"},
+                "optimizer": {"weight_decay": plan.weight_decay / plan.lr_factor},
+            }
+        interval = max(1, min(1_000, steps // 6))
+        schedules = {
+            "lr": {"warmup_steps": min(warmup, steps // 10)},
+            "momentum": {"warmup_steps": min(momentum_warmup, steps // 4)},
+        }
         return cls(
-            model=GPTConfig.from_depth(depth),
-            tokenizer={"vocab_size": 32_768},
-            # At most eight rows at a time: what the documented run fits into 12 GB with.
-            data={"rows": math.gcd(8, max(1, plan.batch_tokens // 2_048)), "overflow": "crop"},
-            optimizer={"weight_decay": plan.weight_decay / plan.lr_factor},
-            batch_tokens=plan.batch_tokens,
-            num_steps=plan.num_steps,
+            model=model,
+            schedules=schedules,
+            batch_tokens=batch,
+            num_steps=steps,
             evaluate_every=interval,
             save_every=interval,
             samples={"every": interval},
+            **fields,
         )
 
     @classmethod
@@ -291,17 +316,3 @@ class Recipe(Config):
         from tinygpt.recipe._build import build_run
 
         return build_run(self, Path(out_dir))
-
-
-def _small(depth: int, batch_tokens: int | None) -> dict[str, Any]:
-    decay = ScheduleRecipe(kind="warmup_stable_decay", warmup_steps=10, decay_fraction=0.65, final=0.05)
-    return {
-        "model": GPTConfig.from_depth(depth, head_dim=64, max_seq_len=256),
-        "optimizer": {"lr_scale": 0.5},
-        "schedules": {"lr": decay, "momentum": {"kind": "muon_momentum", "warmup_steps": 60}},
-        "batch_tokens": batch_tokens or 2_048,
-        "num_steps": 300,
-        "evaluate_every": 100,
-        "save_every": 50,
-        "samples": {"every": 100},
-    }

@@ -75,7 +75,7 @@ def _schedule(kind: ScheduleKind, **arguments: Any) -> ScheduleRecipe:
 
 
 class SchedulesRecipe(Config):
-    """The schedules of a run; the defaults are those of the documented one.
+    """The schedules of a run; the defaults are those of the documented one, but for its 40 steps of warm-up.
 
     A schedule without a `kind` is the default one with other numbers.
 
@@ -85,7 +85,7 @@ class SchedulesRecipe(Config):
         weight_decay: Factor on the weight decay of the matrices.
     """
 
-    lr: ScheduleRecipe = _schedule("warmup_stable_decay", warmup_steps=40, decay_fraction=0.65, final=0.05)
+    lr: ScheduleRecipe = _schedule("warmup_stable_decay", decay_fraction=0.65, final=0.05)
     momentum: ScheduleRecipe = _schedule("muon_momentum")
     weight_decay: ScheduleRecipe = _schedule("cosine_weight_decay")
 
