@@ -1,21 +1,27 @@
 """Pretrain the 12-layer, 286 M parameter GPT of the documented RTX 4070 run, or a small one of the same kind.
 
-The run has two phases: phase 1 from scratch, phase 2 resumed from its checkpoint by fresh objects, as after a
-reboot. Press Ctrl-C whenever you like and run the same command again: it goes on where it stopped.
+Press Ctrl-C whenever you like and run the same command again: it goes on where it stopped.
 
     python examples/reproduce_rtx4070_d12.py --scale demo                    minutes on two CPU cores
     python examples/reproduce_rtx4070_d12.py --scale full --data shards/train --validation shards/val.jsonl
 
-The author's run changed its horizon from 10,000 to 87,000 steps at the resume: in one step the learning rate rose
-20-fold, and the loss went from 0.93 to 1.02 bits per byte. `--recipe one-horizon` (the default) plans all steps from
-the start, so that nothing changes there; `--recipe documented` repeats what ran.
+The author's run changed its horizon from 10,000 to 87,000 steps at a resume: in one step the learning rate rose
+20-fold, weight decay went from 0 to 0.1, and the loss from 0.93 to 1.02 bits per byte. The recipes are lists of phases:
+
+    one-horizon   all steps planned from the start, so nothing jumps (the default)
+    wsd           warm-up, constant rate, one decay at the end: to train longer, branch before the decay
+    documented    what really ran; the jump is refused unless you say --accept schedule
+
+Each phase is trained by fresh objects that resume from the checkpoint of the one before, as after a reboot.
 """
 
 import argparse
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -33,10 +39,11 @@ from tinygpt.report import plot_run
 from tinygpt.scaling import lr_factor
 from tinygpt.schedules import Schedule, cosine_weight_decay, muon_momentum, warmup_stable_decay
 from tinygpt.tokenizer import Tokenizer, load_tokenizer, train_bpe
-from tinygpt.trainer import every
+from tinygpt.trainer import Phase, every
 
 # The documented run. Everything it did not choose itself is a default of GPTConfig and nanochat_rules.
 DECAY_FRACTION, FINAL_LR = 0.65, 0.05  # the last 65 % of the horizon decay, down to 5 % of the rate
+WSD_DECAY_FRACTION = 0.2
 WEIGHT_DECAY = 0.28  # at the reference batch of 524,288 tokens; times sqrt(1/8) = 0.099 at 65,536
 TOKENIZER_CHARACTERS = 500_000_000
 PROMPT = "The old captain looked at the sea and"
@@ -63,21 +70,36 @@ class Scale:
 SCALES = {
     "full": Scale(GPTConfig.from_depth(12), 8, 65_536, 10_000, 87_000, 40, 400, lr_factor(65_536), "crop",
                   interval=1_000, validation_tokens=524_288, sample_tokens=128),
-    "demo": Scale(GPTConfig.from_depth(4, head_dim=64, vocab_size=2_048, max_seq_len=256), 8, 2_048, 50, 250, 10, 60,
-                  0.5, "carry", interval=50, validation_tokens=None, sample_tokens=80),
+    "demo": Scale(GPTConfig.from_depth(4, head_dim=64, vocab_size=2_048, max_seq_len=256), 8, 2_048, 25, 250, 10, 60,
+                  0.5, "carry", interval=25, validation_tokens=None, sample_tokens=80),
     "smoke": Scale(GPTConfig.from_depth(2, head_dim=32, width_per_layer=32, vocab_size=512, max_seq_len=64), 4, 512,
                    4, 12, 2, 4, 0.5, "carry", interval=4, validation_tokens=4_096, sample_tokens=16),
 }  # fmt: skip
 
 
-def schedules(scale: Scale, horizon: int) -> dict[str, Schedule]:
-    """Rates as functions of the step, planned for this horizon."""
-    warmup, decay = scale.warmup_steps, DECAY_FRACTION
+def schedules(scale: Scale, horizon: int, decay: float = DECAY_FRACTION) -> dict[str, Schedule]:
+    """Rates as functions of the step of the whole run, planned for this horizon."""
+    warmup = scale.warmup_steps
     return {
         "lr": warmup_stable_decay(horizon, warmup_steps=warmup, decay_fraction=decay, final=FINAL_LR),
         "muon.momentum": muon_momentum(horizon, warmup_steps=scale.momentum_warmup_steps, decay_fraction=decay),
         "muon.weight_decay": cosine_weight_decay(horizon),
     }
+
+
+def phases_of(recipe: str, scale: Scale, accept: list[str]) -> list[Phase]:
+    """Return the run as a list of phases."""
+    first, total = scale.phase_1_steps, scale.total_steps
+    whole = schedules(scale, total)
+    if recipe == "documented":
+        return [Phase(first, schedules(scale, first)), Phase(total - first, whole, accept=accept)]
+    if recipe == "wsd":
+        decay = round(WSD_DECAY_FRACTION * total)
+        whole = schedules(scale, total, WSD_DECAY_FRACTION)
+        # The weight decay of a run without an end known in advance: constant, and down with the learning rate.
+        whole["muon.weight_decay"] = warmup_stable_decay(total, decay_steps=decay)
+        return [Phase(total - decay, whole, name="stable"), Phase(decay, whole, name="decay")]
+    return [Phase(first, whole), Phase(total - first, whole)]
 
 
 def read_tokenizer(folder: Path, source: DocumentSource, vocab_size: int) -> Tokenizer:
@@ -98,33 +120,24 @@ def build(scale: Scale, device: str, seed: int, precision: torch.dtype) -> tuple
     return model, MuonAdamW(param_groups(model, rules))
 
 
-def print_plan(scale: Scale, phases: list[tuple[int, int]], precision: torch.dtype) -> None:
+def print_plan(scale: Scale, new_trainer: Callable[[str, list[Phase]], Trainer], phases: list[Phase]) -> None:
     """Say what is going to happen before it does; the model is built without memory for its weights."""
-    with torch.device("meta"):
-        model, optimizer = build(scale, "meta", seed=0, precision=precision)
+    trainer = new_trainer("meta", phases)
+    model: Any = trainer.model
     counts = model.num_parameters()
     roles = ", ".join(f"{role.replace('_', ' ')} {count:,}" for role, count in counts._asdict().items())
-    memory = training_memory(model, optimizer, rows=scale.rows, seq_len=scale.model.max_seq_len)
+    memory = training_memory(model, trainer.optimizer, rows=scale.rows, seq_len=scale.model.max_seq_len)
     parts = ", ".join(f"{part} {size / 2**20:,.0f}" for part, size in memory._asdict().items())
-    print(f"model      {counts.total:,} parameters: {roles}")
-    steps, batch = scale.total_steps, scale.batch_tokens
-    print(f"tokens     {steps * batch:,}: {steps:,} steps of {batch:,}")
-    print(f"memory     about {memory.total / 2**20:,.0f} MiB, an estimate: {parts}")
-    for number, (last_step, horizon) in enumerate(phases, start=1):
-        start = horizon - round(DECAY_FRACTION * horizon)
-        print(f"phase {number}    to step {last_step:,}: warm-up over {scale.warmup_steps} steps, constant, ", end="")
-        print(f"decay from step {start:,} to {FINAL_LR:.0%} at step {horizon:,}")
-    step, (before, after) = phases[0][0], (schedules(scale, horizon) for _, horizon in phases)
-    values = {key: (before[key](step), after[key](step)) for key in before}
-    jumps = [f"{key} {old:.3g} -> {new:.3g}" for key, (old, new) in values.items() if old != new]
-    print(f"at resume  step {step:,}: " + ("; ".join(jumps) or "every rate goes on as planned") + "\n", flush=True)
+    print(f"model of {counts.total:,} parameters: {roles}")
+    print(f"memory about {memory.total / 2**20:,.0f} MiB, an estimate: {parts}\n{trainer.plan()}\n", flush=True)
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--scale", choices=SCALES, default="demo", help="full: 12 GB GPU, 28 hours; demo: CPU, minutes; smoke: seconds")
-    add("--recipe", choices=("one-horizon", "documented"), default="one-horizon", help="see above")
+    add("--recipe", choices=("one-horizon", "wsd", "documented"), default="one-horizon", help="see above")
+    add("--accept", choices=("schedule",), nargs="+", default=[], help="let rates jump where a phase begins")
     add("--out", type=Path, help="folder of the run (default: runs/SCALE-RECIPE)")
     add("--data", type=Path, help="training text: .txt or .jsonl, a file or a folder (default: the embedded book)")
     add("--validation", type=Path, help="text to measure on; needed with --data")
@@ -141,8 +154,8 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     args = parse_arguments()
     scale, out = SCALES[args.scale], args.out
-    seq_len, total = scale.model.max_seq_len, scale.total_steps
-    phases = [(scale.phase_1_steps, scale.phase_1_steps if args.recipe == "documented" else total), (total, total)]
+    seq_len = scale.model.max_seq_len
+    phases = phases_of(args.recipe, scale, args.accept)
     train = open_source(args.data) if args.data else embedded_corpus("train")
     held_out = open_source(args.validation) if args.validation else embedded_corpus("validation")
     run = {"scale": args.scale, "recipe": args.recipe, "seed": args.seed, "data": train.fingerprint()}
@@ -151,7 +164,6 @@ def main() -> None:
     validation = ValidationSet.from_source(
         held_out, tokenizer, rows=scale.rows, seq_len=seq_len, max_tokens=scale.validation_tokens
     )
-    print_plan(scale, phases, precision := torch.bfloat16 if args.device == "cuda" else torch.float32)
 
     def evaluate(trainer: Trainer, step: StepMetrics) -> None:
         report = evaluate_bpb(trainer.model, validation)
@@ -165,18 +177,20 @@ def main() -> None:
         except HubError as error:  # a run of days does not end because of a network
             print(f"\nnot uploaded: {error}", file=sys.stderr, flush=True)
 
-    for last_step, horizon in phases:
-        saved = latest_checkpoint(out / "checkpoints")
-        if saved is not None and checkpoint_step(saved) >= last_step:
-            continue
-        model, optimizer = build(scale, args.device, args.seed, precision)
+    def new_trainer(device: str, phases: list[Phase]) -> Trainer:
+        precision = torch.bfloat16 if args.device == "cuda" else torch.float32
+        model, optimizer = build(scale, device, args.seed, precision)
         loader = BatchLoader(train, tokenizer, rows=scale.rows, seq_len=seq_len, overflow=scale.overflow)
-        config = TrainerConfig(num_steps=last_step, batch_tokens=scale.batch_tokens, out_dir=str(out),
-                               save_every=scale.interval, compile=args.device == "cuda")  # fmt: skip
-        trainer = Trainer(model, optimizer, loader, config, schedules=schedules(scale, horizon),
-                          on_save=push if args.push_to_hub else None)  # fmt: skip
-        trainer.resume(accept=["schedule"] if args.recipe == "documented" else [])  # logs what changes
-        trainer.fit([every(scale.interval, evaluate)])
+        config = TrainerConfig(num_steps=sum(phase.steps for phase in phases), batch_tokens=scale.batch_tokens,
+                               out_dir=str(out), save_every=scale.interval, compile=device == "cuda")  # fmt: skip
+        return Trainer(model, optimizer, loader, config, phases=phases, validation=validation,
+                       on_save=push if args.push_to_hub else None)  # fmt: skip
+
+    print_plan(scale, new_trainer, phases)
+    for count in range(1, len(phases) + 1):
+        saved = latest_checkpoint(out / "checkpoints")
+        if saved is None or checkpoint_step(saved) < sum(phase.steps for phase in phases[:count]):
+            new_trainer(args.device, phases[:count]).fit([every(scale.interval, evaluate)], resume="auto")
 
     newest = latest_checkpoint(out / "checkpoints") or out
     model = GPT.from_pretrained(newest, device=args.device)

@@ -139,3 +139,12 @@ def test_a_cache_of_another_shape_is_refused() -> None:
         causal_attention(torch.zeros(1, 1, 2, 4), torch.zeros(1, 1, 2, 4), torch.zeros(1, 1, 1, 4))
     with pytest.raises(ConfigError, match="window_tokens=-1"):
         CausalSelfAttention(8, 2, window_tokens=-1)
+
+
+def test_a_large_norm_eps_makes_queries_and_keys_vanish_and_every_position_an_average() -> None:
+    torch.manual_seed(0)
+    attention = CausalSelfAttention(8, 2, norm_eps=1e12)
+    torch.nn.init.eye_(attention.o_proj.weight)
+    x = torch.randn(1, 5, 8)
+    averages = attention.v_proj(x).cumsum(dim=1) / torch.arange(1, 6)[None, :, None]
+    torch.testing.assert_close(attention(x), averages)

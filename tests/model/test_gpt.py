@@ -10,7 +10,7 @@ from torch import nn
 
 from tinygpt import GPT, GPTConfig
 from tinygpt.errors import CheckpointError, ConfigError
-from tinygpt.layers import LMHead, SwiGLU, TokenEmbedding, init_weights
+from tinygpt.layers import LMHead, RMSNorm, SwiGLU, TokenEmbedding, init_weights
 
 TINY: dict[str, Any] = {
     "vocab_size": 61,
@@ -69,6 +69,14 @@ def test_reading_with_a_cache_equals_reading_at_once(pieces: list[int]) -> None:
     logits = torch.cat([model(part, cache=cache) for part in ids.split(pieces, dim=1)], dim=1)
     assert cache.length == 24
     torch.testing.assert_close(logits, model(ids), rtol=1e-4, atol=1e-5)
+
+
+def test_the_eps_of_the_config_reaches_every_norm() -> None:
+    model = tiny_model(norm_eps=0.25, norm_weight=True)
+    norms = [module for module in model.modules() if isinstance(module, RMSNorm)]
+    assert {norm.eps for norm in norms} == {0.25}
+    assert len(norms) == 2 + 2 * len(model.blocks)
+    assert all(block.attention.norm_eps == 0.25 for block in model.blocks)  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("switch", SWITCHES)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 from tinygpt import GPT, GPTConfig, Trainer, TrainerConfig
-from tinygpt.checkpoint import latest_checkpoint, list_checkpoints, load_state
+from tinygpt.checkpoint import checkpoint_folder, latest_checkpoint, list_checkpoints, load_state
 from tinygpt.data import BatchLoader, TextDocuments, TextFiles, TokenShards, tokenize_documents
 from tinygpt.errors import CheckpointError, ConfigError, DataError
 from tinygpt.metrics import read_metrics
@@ -291,7 +292,12 @@ def finish(process: subprocess.Popen[str]) -> str:
 def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("whole")
     output = finish(run_example(out))
-    for part in ("every rate goes on as planned", "at step 4, with changes", "loaded again", "curve.png"):
+    for part in (
+        "from phase 1 to phase 2:\n    nothing changes",
+        "at step 4, with changes",
+        "loaded again",
+        "curve.png",
+    ):
         assert part in output
     assert (out / "curve.png").read_bytes().startswith(b"\x89PNG")
     return out
@@ -324,12 +330,25 @@ def test_the_example_killed_and_run_again_ends_bit_identical(tmp_path: Path, who
     assert_same_checkpoint(*(out / "checkpoints" / "step-000012" for out in (tmp_path, whole_run)))
 
 
-def test_the_documented_recipe_says_what_jumps_before_it_starts(tmp_path: Path) -> None:
-    output = finish(run_example(tmp_path, "--recipe", "documented"))
-    assert "at resume  step 4: lr 0.05 -> 1" in output
-    assert "muon.weight_decay 0 -> 0.75" in output
-    resumed = [r for r in read_metrics(tmp_path / "metrics.jsonl") if r["event"] == "resume"]
-    assert any(name.startswith("lr (") for name, _, _ in resumed[0]["changes"])
+def test_the_documented_recipe_stops_at_its_jump_until_it_is_accepted(tmp_path: Path) -> None:
+    refused = run_example(tmp_path, "--recipe", "documented")
+    output, _ = refused.communicate(timeout=120)
+    assert refused.returncode == 1
+    assert re.search(
+        r"error: where phase 2 begins, at step 4, rates jump:.*x 20\n.*weight_decay .* 0 +0\.105", output, re.S
+    )
+    assert not (tmp_path / "metrics.jsonl").exists()
+    output = finish(run_example(tmp_path, "--recipe", "documented", "--accept", "schedule"))
+    jumps = {r["step"]: r["changes"] for r in read_metrics(tmp_path / "metrics.jsonl") if r.get("event") == "phase"}
+    assert [name.split()[0] for name, _, _ in jumps[4][:3]] == ["lr", "momentum", "weight_decay"]
+
+
+def test_the_wsd_recipe_is_saved_before_its_decay_and_nothing_jumps(tmp_path: Path) -> None:
+    assert "to phase 2 (decay):\n    nothing changes" in finish(run_example(tmp_path, "--recipe", "wsd"))
+    lr = [r["lr"] for r in read_metrics(tmp_path / "metrics.jsonl") if r.get("event") == "step"]
+    assert lr[2:11] == [lr[2]] * 9
+    assert lr[11] < lr[10]
+    assert checkpoint_folder(tmp_path / "checkpoints", 10).is_dir()
 
 
 def test_running_a_finished_example_again_changes_nothing(whole_run: Path) -> None:

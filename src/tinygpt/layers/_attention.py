@@ -30,6 +30,7 @@ class CausalSelfAttention(nn.Module):
         qk_norm: Whether to normalize queries and keys after the rotation.
         qk_scale: Factor on queries and on keys after their norm; 1.2 sharpens attention in nanochat. Ignored without
             `qk_norm`.
+        norm_eps: `eps` of that norm, as for `RMSNorm`.
         value_embedding: Table from token ids to `num_kv_heads * head_dim` channels; `None` for none.
         value_gate_channels: Leading channels of the input that the gate of the value embedding reads.
 
@@ -52,6 +53,7 @@ class CausalSelfAttention(nn.Module):
         window_tokens: int | None = None,
         qk_norm: bool = True,
         qk_scale: float = 1.2,
+        norm_eps: float | None = None,
         value_embedding: nn.Embedding | None = None,
         value_gate_channels: int = 12,
     ) -> None:
@@ -65,6 +67,7 @@ class CausalSelfAttention(nn.Module):
         self.head_dim = dim // num_heads
         self.window_tokens = window_tokens
         self.qk_norm = qk_norm
+        self.norm_eps = norm_eps
         # Scaling q and k by s each scales their product by s squared: one number for the kernel, no pass over memory.
         self.score_scale = self.head_dim**-0.5 * (qk_scale**2 if qk_norm else 1.0)
         kv_dim = num_kv_heads * self.head_dim
@@ -120,7 +123,7 @@ class CausalSelfAttention(nn.Module):
             position = 0 if cache is None else cache.length
             q, k = self.rope(q, position=position), self.rope(k, position=position)
         if self.qk_norm:
-            q, k = F.rms_norm(q, (self.head_dim,)), F.rms_norm(k, (self.head_dim,))
+            q, k = (F.rms_norm(heads, (self.head_dim,), eps=self.norm_eps) for heads in (q, k))
         if cache is not None:
             k, v = cache.append(k, v)
         y = causal_attention(q, k, v, window_tokens=self.window_tokens, scale=self.score_scale)

@@ -18,6 +18,7 @@ class Block(nn.Module):
         attention: Called as `attention(x, token_ids=..., cache=...)`; returns what is added to `x`.
         mlp: Called as `mlp(x)`; returns what is added to `x`.
         norm_weight: Whether the two norms have learned weights.
+        norm_eps: `eps` of the two norms, as for `RMSNorm`.
         residual_scale: First value of `a`; `None` leaves the factor out.
         x0_scale: First value of `b`; `None` leaves the term out.
 
@@ -32,13 +33,14 @@ class Block(nn.Module):
         mlp: nn.Module,
         *,
         norm_weight: bool = False,
+        norm_eps: float | None = None,
         residual_scale: float | None = None,
         x0_scale: float | None = None,
     ) -> None:
         super().__init__()
-        self.attention_norm = RMSNorm(dim, weight=norm_weight)
+        self.attention_norm = RMSNorm(dim, weight=norm_weight, eps=norm_eps)
         self.attention = attention
-        self.mlp_norm = RMSNorm(dim, weight=norm_weight)
+        self.mlp_norm = RMSNorm(dim, weight=norm_weight, eps=norm_eps)
         self.mlp = mlp
         self._first_scales = (residual_scale, x0_scale)
         self.residual_scale = None if residual_scale is None else nn.Parameter(torch.empty(1))

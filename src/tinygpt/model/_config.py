@@ -35,6 +35,7 @@ class GPTConfig(Config):
         qk_norm: Whether queries and keys are normalized.
         qk_scale: Factor on both after their norm.
         norm_weight: Whether norms have learned weights.
+        norm_eps: Added under the root in every norm; `None` for the machine epsilon of the dtype. Llama takes 1e-5.
         embedding_norm: Whether the embedding is normalized before the first block.
         value_embeddings: Whether every second layer, the last included, adds a value embedding.
         residual_scales: Whether each block scales its input by a learned scalar.
@@ -71,6 +72,7 @@ class GPTConfig(Config):
     qk_norm: bool = True
     qk_scale: PositiveFloat = 1.2
     norm_weight: bool = False
+    norm_eps: PositiveFloat | None = None
     embedding_norm: bool = True
     value_embeddings: bool = True
     residual_scales: bool = True

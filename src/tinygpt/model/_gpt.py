@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from tinygpt.errors import ConfigError
-from tinygpt.layers import Backout, KVCache, LayerCache, LMHead, RMSNorm, Smear, TokenEmbedding
+from tinygpt.layers import Backout, KVCache, LayerCache, LMHead, Smear, TokenEmbedding
 from tinygpt.model._config import GPTConfig
 from tinygpt.model._counts import ParameterCounts
 from tinygpt.model._losses import IGNORED, plain_token_losses
-from tinygpt.model._parts import PartFactory, StandardAttention, standard_block, standard_mlp
+from tinygpt.model._parts import PartFactory, StandardAttention, standard_block, standard_mlp, standard_norm
 from tinygpt.model._pretrained import PretrainedFiles
 
 
@@ -120,11 +120,11 @@ class GPT(PretrainedFiles):
 
         return cls(
             embedding=embedding,
-            embedding_norm=RMSNorm(config.dim, weight=config.norm_weight) if config.embedding_norm else None,
+            embedding_norm=standard_norm(config) if config.embedding_norm else None,
             smear=smear,
             blocks=[make_block(config, layer) for layer in range(config.num_layers)],
             backout=Backout() if config.backout else None,
-            final_norm=RMSNorm(config.dim, weight=config.norm_weight),
+            final_norm=standard_norm(config),
             head=LMHead(
                 config.dim,
                 config.vocab_size,

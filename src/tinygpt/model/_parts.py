@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from torch import nn
 
-from tinygpt.layers import Block, CausalSelfAttention, ReluSquaredMLP, RotaryEmbedding, ValueEmbedding
+from tinygpt.layers import Block, CausalSelfAttention, ReluSquaredMLP, RMSNorm, RotaryEmbedding, ValueEmbedding
 from tinygpt.model._config import GPTConfig
 
 PartFactory = Callable[[GPTConfig, int], nn.Module]
@@ -16,6 +16,11 @@ def standard_mlp(config: GPTConfig, layer: int) -> nn.Module:
     return ReluSquaredMLP(config.dim, config.hidden_dim or 4 * config.dim)
 
 
+def standard_norm(config: GPTConfig) -> RMSNorm:
+    """Build a norm of the residual stream."""
+    return RMSNorm(config.dim, weight=config.norm_weight, eps=config.norm_eps)
+
+
 def standard_block(config: GPTConfig, layer: int, attention: nn.Module, mlp: nn.Module) -> nn.Module:
     """Build the block around attention and mlp; its two scalars change linearly with depth, as in nanochat."""
     depth = layer / max(config.num_layers - 1, 1)
@@ -24,6 +29,7 @@ def standard_block(config: GPTConfig, layer: int, attention: nn.Module, mlp: nn.
         attention,
         mlp,
         norm_weight=config.norm_weight,
+        norm_eps=config.norm_eps,
         residual_scale=1.15 - 0.10 * depth if config.residual_scales else None,
         x0_scale=0.20 - 0.15 * depth if config.x0_scales else None,
     )
@@ -52,6 +58,7 @@ class StandardAttention:
             window_tokens=config.window_tokens(layer),
             qk_norm=config.qk_norm,
             qk_scale=config.qk_scale,
+            norm_eps=config.norm_eps,
             value_embedding=table,
             value_gate_channels=min(12, config.dim),
         )

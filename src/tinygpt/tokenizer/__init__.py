@@ -11,6 +11,7 @@ from tinygpt.tokenizer._bpe import SPLIT_PATTERN as SPLIT_PATTERN
 from tinygpt.tokenizer._bpe import BPETokenizer as BPETokenizer
 from tinygpt.tokenizer._bytes import ByteTokenizer as ByteTokenizer
 from tinygpt.tokenizer._huggingface import load_tokenizer_json as load_tokenizer_json
+from tinygpt.tokenizer._huggingface_write import save_tokenizer_json as save_tokenizer_json
 from tinygpt.tokenizer._load import load_tokenizer as load_tokenizer
 from tinygpt.tokenizer._pool import EncodedTexts as EncodedTexts
 from tinygpt.tokenizer._pool import EncoderPool as EncoderPool
@@ -39,6 +40,7 @@ __all__ = [
     "load_tiktoken",
     "load_tokenizer",
     "load_tokenizer_json",
+    "save_tokenizer_json",
     "tokenizer_report",
     "train_bpe",
 ]

@@ -89,6 +89,16 @@ class BPETokenizer:
         return self._special_tokens[BOS_TOKEN]
 
     @property
+    def ranks(self) -> dict[bytes, int]:
+        """Id of each byte sequence, in merge order."""
+        return dict(self._ranks)
+
+    @property
+    def pattern(self) -> str:
+        """Regular expression that cuts text before merging."""
+        return self._pattern
+
+    @property
     def special_tokens(self) -> dict[str, int]:
         """Id of each special token by its text."""
         return dict(self._special_tokens)

@@ -43,10 +43,10 @@ def write_tokenizer(
     sha256 = None
     if ranks is not None:
         sha256 = hashlib.sha256(ranks).hexdigest()
-        _replace(target / RANKS_FILE, ranks)
+        replace_file(target / RANKS_FILE, ranks)
     config = TokenizerConfig(kind=kind, special_tokens=special_tokens, pattern=pattern, ranks_sha256=sha256)
     # Last, because it names the hash of the other file: a save that stops half way is then found by loading.
-    _replace(target / CONFIG_FILE, config.to_json().encode("utf-8"))
+    replace_file(target / CONFIG_FILE, config.to_json().encode("utf-8"))
 
 
 def format_ranks(ranks: Mapping[bytes, int]) -> bytes:
@@ -101,7 +101,7 @@ def read_limited(path: Path, limit: int, hint: str) -> bytes:
     return content
 
 
-def _replace(path: Path, content: bytes) -> None:
+def replace_file(path: Path, content: bytes) -> None:
     """Write a file under a temporary name and rename it, so that a reader never sees half of it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -118,12 +118,17 @@ def _pattern(normalizer: Any, pre_tokenizer: Any) -> str:
     pattern = split["pattern"].get("Regex")
     if pattern is None:
         raise _NoMatchError("its Split is by a fixed text, not a regular expression.")
+    if unknown := exact_pattern(pattern):
+        raise _NoMatchError(f"its pattern has {unknown!r}, which engines read differently.")
+    return pattern
+
+
+def exact_pattern(pattern: str) -> str:
+    """Return the beginning of what tiktoken's engine and Oniguruma may read differently, empty if there is nothing."""
     place = 0
     while match := _PATTERN.match(pattern, place):
         place = match.end()
-    if place < len(pattern):
-        raise _NoMatchError(f"its pattern has {pattern[place : place + 20]!r}, which engines read differently.")
-    return pattern
+    return pattern[place : place + 20]
 
 
 def _special_tokens(added: list[dict[str, Any]]) -> dict[str, int]:
@@ -141,7 +146,7 @@ def _ranks(model: Mapping[str, Any], special: Mapping[str, int]) -> dict[bytes, 
     for name, values in _HARMLESS.items():
         if model.get(name) not in values:
             raise _NoMatchError(f"its model has {name}={model[name]!r}.")
-    alphabet = _byte_alphabet()
+    alphabet = byte_alphabet()
     ranks = {_bytes(token, alphabet): rank for token, rank in model["vocab"].items() if token not in special}
     if sorted([*ranks.values(), *special.values()]) != list(range(len(ranks) + len(special))) or (
         special and min(special.values()) < len(ranks)
@@ -162,12 +167,12 @@ def _ranks(model: Mapping[str, Any], special: Mapping[str, int]) -> dict[bytes, 
     if unmerged:
         raise _NoMatchError(f"its vocabulary holds {unmerged[0]!r}, which no merge makes.")
     for first, second in pairs:
-        if _last_step(first + second, ranks) != [first, second]:
+        if last_step(first + second, ranks) != [first, second]:
             raise _NoMatchError(f"merging {first + second!r} by ranks does not end with {first!r} and {second!r}.")
     return ranks
 
 
-def _last_step(token: bytes, ranks: Mapping[bytes, int]) -> list[bytes]:
+def last_step(token: bytes, ranks: Mapping[bytes, int]) -> list[bytes]:
     """Return the parts a token is in when only ranks below its own were merged."""
     parts = [bytes([byte]) for byte in token]
     rank = ranks[token]
@@ -179,7 +184,7 @@ def _last_step(token: bytes, ranks: Mapping[bytes, int]) -> list[bytes]:
         parts[place : place + 2] = [parts[place] + parts[place + 1]]
 
 
-def _byte_alphabet() -> dict[str, int]:
+def byte_alphabet() -> dict[str, int]:
     """Return the byte that each character of a byte-level vocabulary stands for.
 
     Printable characters of Latin-1 stand for themselves, the other bytes for characters from U+0100 on, in order.
