@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tinygpt.cli._source import add_source_options, load_source
+from tinygpt.cli._source import add_source_options, load_source, open_text
 
 if TYPE_CHECKING:
     from tinygpt.data import ValidationSet
@@ -33,7 +33,8 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     add("--max-tokens", type=int, default=524_288, metavar="N", help="most tokens of a text (default: 524,288)")
     add("--rows", type=int, default=8, metavar="N", help="rows at a time (default: 8)")
     add("--text-key", default="text", metavar="KEY", help="key or column of the text (default: text)")
-    add("--core", metavar="BUNDLE", help="folder, zip file or address of an evaluation bundle, needs \"tinygpt[eval]\"")
+    add("--separator", metavar="TEXT", help=r"what separates documents in .txt files, such as '\n\n'")
+    add("--core", metavar="BUNDLE", help='folder, zip file or address of an evaluation bundle, needs "tinygpt[eval]"')
     add("--tasks", nargs="+", metavar="LABEL", help="only these tasks of the bundle")
     add("--max-per-task", type=int, metavar="N", help="most questions of a task")
     add("--results", metavar="FOLDER", help="keep answers there, so that a stopped evaluation goes on")
@@ -69,7 +70,10 @@ def _run(options: argparse.Namespace) -> None:
 
         sets = {name: _validation(text, options, model, tokenizer) for name, text in domains.items()}
         found = evaluate_domains(model, sets, progress=not options.quiet)
-        each = {name: {"bpb": r.bpb, "num_bytes": r.num_bytes, "data_hash": r.data_hash} for name, r in found.domains.items()}
+        each = {
+            name: {"bpb": r.bpb, "num_bytes": r.num_bytes, "data_hash": r.data_hash}
+            for name, r in found.domains.items()
+        }
         figures["domains"] = {"bpb": found.bpb, "mean_bpb": found.mean_bpb, **each}
         texts.append(str(found))
     if options.core:
@@ -101,14 +105,14 @@ def _named(entry: str) -> tuple[str, str]:
 
 
 def _validation(text: str, options: argparse.Namespace, model: "GPT", tokenizer: "Tokenizer") -> "ValidationSet":
-    from tinygpt.data import ValidationSet, embedded_corpus, open_source
+    from tinygpt.data import ValidationSet
     from tinygpt.errors import ConfigError
 
     if text.endswith(".safetensors"):
         return ValidationSet.load(text, rows=options.rows)
     if model.max_seq_len is None:
         raise ConfigError("the model has no config, so the length of its rows is not known.")
-    source = embedded_corpus("validation") if text == "embedded" else open_source(text, text_key=options.text_key)
+    source = open_text(text, options, embedded="validation")
     return ValidationSet.from_source(
         source, tokenizer, rows=options.rows, seq_len=model.max_seq_len, max_tokens=options.max_tokens
     )

@@ -18,7 +18,9 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     parser.add_argument("source", metavar="RUN_OR_REPO", help=SOURCE_HELP)
     parser.add_argument("out", metavar="OUT", help="folder to write, new or empty")
     parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a repository")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of the weights (default: as saved)")
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "float16"], help="of the weights (default: as saved)"
+    )
     parser.add_argument("--code", action="store_true", help="bring the code even where a class of transformers fits")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")

@@ -30,7 +30,11 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     add("--repetition-penalty", type=float, metavar="X", help="above 1 makes tokens less likely that were there")
     add("--seed", type=int, metavar="N", help="makes the text repeat")
     add("--stop", action="append", dest="stop_strings", metavar="TEXT", help="end the text here; may be repeated")
-    add("--overflow", choices=["error", "slide"], help="prompt and text longer than the context: refuse (default) or slide")
+    add(
+        "--overflow",
+        choices=["error", "slide"],
+        help="prompt and text longer than the context: refuse (default) or slide",
+    )
     add("--weights", choices=["float32", "bfloat16", "int8"], help="store matrices for faster reading on a CPU")
     add("--json", action="store_true", help="print one JSON object a prompt, with prompt and text, when it is complete")
     parser.set_defaults(run=_run)
@@ -38,12 +42,14 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
 
 def _run(options: argparse.Namespace) -> None:
     from tinygpt.errors import ConfigError
-    from tinygpt.generate import reading_copy, stream_text
+    from tinygpt.generate import stream_text
 
     if options.prompt is None and sys.stdin.isatty():
         raise ConfigError("there is no prompt; give -p TEXT, or prompts as lines of standard input.")
     model, tokenizer, _ = load_source(options)
     if options.weights is not None:
+        from tinygpt.generate import reading_copy
+
         model = reading_copy(model, options.weights)
     given = {name: getattr(options, name) for name in _SAMPLING if getattr(options, name) is not None}
     for number, prompt in enumerate(_prompts(options)):

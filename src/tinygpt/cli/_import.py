@@ -28,7 +28,9 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         help="whose checkpoint it is (default: nanochat if there is a model_NNNNNN.pt)",
     )
     parser.add_argument("--step", type=int, metavar="N", help="which checkpoint of nanochat (default: the newest)")
-    parser.add_argument("--tokenizer", default="auto", metavar="FOLDER", help="nanochat's tokenizer, if it lies elsewhere")
+    parser.add_argument(
+        "--tokenizer", default="auto", metavar="FOLDER", help="nanochat's tokenizer, if it lies elsewhere"
+    )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.set_defaults(run=_run)
 

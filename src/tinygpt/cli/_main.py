@@ -1,12 +1,12 @@
 """The parser that all commands hang on, and what happens around every command."""
 
 import argparse
+import contextlib
 import logging
 import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 
 import tinygpt
 from tinygpt.cli import (
@@ -94,7 +94,7 @@ def build_parser() -> tuple[Parser, list[str]]:
     return parser, list(commands.choices)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _messages() -> Iterator[None]:
     """Show what the library logs and warns of as plain lines on standard error."""
     logger, handler = logging.getLogger("tinygpt"), _MessageHandler()
@@ -121,8 +121,6 @@ class _MessageHandler(logging.Handler):
 
 def _leave_pipe() -> int:
     """Keep Python from complaining at its end that standard output is gone."""
-    try:
+    with contextlib.suppress(OSError, ValueError):  # standard output may be no file
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (OSError, ValueError):  # standard output is no file
-        pass
     return _BROKEN_PIPE

@@ -17,7 +17,7 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, *args: Any, overrides: bool = False, **kwargs: Any) -> None:
-        super().__init__(*args, allow_abbrev=False, **kwargs)
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
         self._takes_overrides = overrides
 
     def parse_known_args(  # type: ignore[override]
@@ -26,9 +26,9 @@ class Parser(argparse.ArgumentParser):
         """Parse, with fields of a recipe taken out first."""
         if self._takes_overrides and args is not None:
             args, overrides = self._split(args)
-            namespace, unknown = super().parse_known_args(args, namespace)
-            namespace.overrides = overrides
-            return namespace, unknown
+            found, unknown = super().parse_known_args(args, namespace)
+            found.overrides = overrides
+            return found, unknown
         found, unknown = super().parse_known_args(args, namespace)
         if unknown:
             hint = suggestion(unknown[0].partition("=")[0], self._option_string_actions)
@@ -58,7 +58,9 @@ class Parser(argparse.ArgumentParser):
             if not equals:
                 if not waiting or waiting[0].startswith("--"):
                     hint = suggestion(name, self._option_string_actions)
-                    self.error(f"{name} is no option of this command, and as a field of a recipe it needs a value{hint}")
+                    self.error(
+                        f"{name} is no option of this command, and as a field of a recipe it needs a value{hint}"
+                    )
                 value = waiting.pop(0)
             overrides[name.removeprefix("--")] = value
         return known, overrides
@@ -72,3 +74,10 @@ def suggestion(name: str, known: Iterable[str]) -> str:
     """Return a hint at the nearest known name, or nothing."""
     near = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {near[0]}?" if near else ""
+
+
+def unescaped(text: str) -> str:
+    r"""Return text with `\n`, `\r` and `\t` as what they stand for in a program."""
+    for escape, character in ((r"\n", "\n"), (r"\r", "\r"), (r"\t", "\t")):
+        text = text.replace(escape, character)
+    return text

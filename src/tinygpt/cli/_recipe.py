@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tinygpt.cli._parser import unescaped
+
 if TYPE_CHECKING:
     from tinygpt.recipe import Recipe
 
@@ -45,14 +47,20 @@ def recipe_of(options: argparse.Namespace) -> "Recipe":
     if (options.recipe is None) == (options.depth is None):
         raise ConfigError("give either a recipe file or --depth N, such as --depth 4.")
     if options.recipe is not None:
-        return Recipe.load(options.recipe, overrides=options.overrides)
+        return Recipe.load(options.recipe, overrides=overrides_of(options))
     asked = {name.replace("-", "_"): value for name, value in options.overrides.items()}
     device = asked.get("device", "auto")
-    small = not (torch.cuda.is_available() if device == "auto" else device.startswith("cuda"))
+    there = torch.cuda.is_available() if device == "auto" else device.startswith("cuda")
+    small = not (there or getattr(options, "gpu", None))
     # What the others are scaled to.
     sizes = {name: int(asked[name]) for name in ("batch_tokens", "num_steps") if asked.get(name, "").isdecimal()}
     base = Recipe.from_depth(options.depth, small=small, tokens_per_parameter=options.tokens_per_parameter, **sizes)
-    return Recipe.from_fields(base.model_dump(exclude_unset=True), overrides=options.overrides)
+    return Recipe.from_fields(base.model_dump(exclude_unset=True), overrides=overrides_of(options))
+
+
+def overrides_of(options: argparse.Namespace) -> dict[str, str]:
+    """Return the values to lay over a recipe; a separator may be typed as `\\n`, since shells have no newline."""
+    return {name: unescaped(value) if name == "data.separator" else value for name, value in options.overrides.items()}
 
 
 def add_resume_options(parser: argparse.ArgumentParser) -> None:
@@ -107,6 +115,8 @@ def out_of_memory(run: Callable[[argparse.Namespace], None]) -> Callable[[argpar
                 raise
             from tinygpt.errors import ConfigError
 
-            raise ConfigError("the GPU has too little memory for this; lower --data.rows, to half for example.") from None
+            raise ConfigError(
+                "the GPU has too little memory for this; lower --data.rows, to half for example."
+            ) from None
 
     return guarded

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from tinygpt.cli._recipe import FIELDS, add_resume_options, out_of_memory, train
+from tinygpt.cli._recipe import FIELDS, add_resume_options, out_of_memory, overrides_of, train
 
 
 def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -29,4 +29,4 @@ def _run(options: argparse.Namespace) -> None:
     folder = Path(options.run_folder)
     if not folder.is_dir():
         raise ConfigError(f"there is no run {folder}; tinygpt train begins one.")
-    train(Recipe.load(folder, overrides=options.overrides), folder, options)
+    train(Recipe.load(folder, overrides=overrides_of(options)), folder, options)

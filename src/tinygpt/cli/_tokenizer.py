@@ -4,6 +4,8 @@ import argparse
 import json
 from collections.abc import Iterator
 
+from tinygpt.cli._source import open_text
+
 
 def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the command to the parser of `tinygpt`."""
@@ -30,6 +32,7 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     train.add_argument("--out", required=True, metavar="FOLDER", help="where to save it; a tokenizer there is replaced")
     train.add_argument("--validation", metavar="TEXT", help="text to measure on")
     train.add_argument("--text-key", default="text", metavar="KEY", help="key or column of the text (default: text)")
+    train.add_argument("--separator", metavar="TEXT", help=r"what separates documents in .txt files, such as '\n\n'")
     train.add_argument("--max-characters", type=int, metavar="N", help="read no more than this")
     train.add_argument("--quiet", action="store_true", help="show no progress")
     train.add_argument("--json", action="store_true", help="print the figures as JSON")
@@ -37,14 +40,10 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
 
 
 def _train(options: argparse.Namespace) -> None:
-    from tinygpt.data import DocumentSource, embedded_corpus, open_source
     from tinygpt.tokenizer import tokenizer_report, train_bpe
 
-    def opened(path: str) -> DocumentSource:
-        return embedded_corpus() if path == "embedded" else open_source(path, text_key=options.text_key)
-
-    sources = [opened(path) for path in options.texts]
-    held_out = opened(options.validation) if options.validation else None
+    sources = [open_text(path, options) for path in options.texts]
+    held_out = open_text(options.validation, options, embedded="validation") if options.validation else None
 
     def texts() -> Iterator[str]:
         return (text for source in sources for text, _ in source.read())

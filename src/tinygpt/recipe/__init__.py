@@ -4,6 +4,7 @@ A recipe composes the public parts of the library and trains nothing itself; `ti
 """
 
 from tinygpt.recipe._build import RecipeRun as RecipeRun
+from tinygpt.recipe._build import resolve_device as resolve_device
 from tinygpt.recipe._plan import RunPlan as RunPlan
 from tinygpt.recipe._recipe import Recipe as Recipe
 from tinygpt.recipe._sections import DataRecipe as DataRecipe
@@ -27,4 +28,5 @@ __all__ = [
     "ScheduleRecipe",
     "SchedulesRecipe",
     "TokenizerRecipe",
+    "resolve_device",
 ]

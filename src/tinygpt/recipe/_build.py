@@ -175,7 +175,10 @@ def _settle(
 
 
 def resolve_device(name: str) -> torch.device:
-    """Return the device that a recipe means.
+    """Return the device that a recipe or a command means.
+
+    Args:
+        name: `"auto"` for a GPU if there is one, or what torch calls a device.
 
     Raises:
         ConfigError: If it is none, or is not there.

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from tinygpt.config import Config
 from tinygpt.errors import ConfigError
-
 from tinygpt.recipe._sections import EMBEDDED
 
 if TYPE_CHECKING:
@@ -86,9 +85,7 @@ def absolute(path: str | None) -> str | None:
     return str(Path(path).expanduser().absolute())
 
 
-def with_overrides(
-    fields: dict[str, Any], overrides: dict[str, str], recipe_class: "type[Recipe]"
-) -> dict[str, Any]:
+def with_overrides(fields: dict[str, Any], overrides: dict[str, str], recipe_class: "type[Recipe]") -> dict[str, Any]:
     """Return nested fields with values, given as text, put where their dotted names say.
 
     A value is text where the field is text, and otherwise read as TOML: `6`, `0.5`, `true`, `[1, 2]`; `none` is `None`.

@@ -64,10 +64,11 @@ class RunPlan:
         parts = ", ".join(f"{part} {size / 2**20:,.0f}" for part, size in self.memory_bytes.items())
         lines = [
             f"model     {self.num_parameters:,} parameters: {roles}",
-            f"tokens    {self.tokens:,} in {self.num_steps:,} steps, {self.tokens / self.num_parameters:.1f} a parameter",
+            f"tokens    {self.tokens:,} in {self.num_steps:,} steps, {self.tokens / self.num_parameters:.1f} for each "
+            "parameter",
             f"memory    about {sum(self.memory_bytes.values()) / 2**20:,.0f} MiB in {self.precision}, without what the "
             f"allocator keeps back: {parts}",
-            f"compute   {self.flops:.3g} FLOPs, {self.flops_per_token / 1e6:,.0f} million a token",
+            f"compute   {self.flops:.3g} FLOPs, {self.flops_per_token:.3g} a token",
         ]
         if self.seconds is not None:
             lines.append(
@@ -148,8 +149,8 @@ def _seconds(flops: int, device_name: str | None, precision: str, mfu: float, *,
     peak = None if device_name is None else peak_flops(device_name, precision)
     if peak is None and required:
         raise ConfigError(
-            f"the peak of {device_name!r} in {precision} is not known; give a name as torch has it, such as 'RTX 4070', "
-            "'RTX 4090' or 'H100 80GB HBM3'."
+            f"the peak of {device_name!r} in {precision} is not known; give a name as torch has it, such as "
+            "'RTX 4070', 'RTX 4090' or 'H100 80GB HBM3'."
         )
     return None if peak is None else flops / (peak * mfu)
 

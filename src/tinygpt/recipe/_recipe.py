@@ -100,7 +100,7 @@ class Recipe(Config):
     optimizer: OptimizerRecipe = OptimizerRecipe()
     schedules: SchedulesRecipe = SchedulesRecipe()
     num_steps: Positive | None = None
-    phases: list[PhaseRecipe] = []
+    phases: list[PhaseRecipe] = Field(default_factory=list)
     batch_tokens: Positive | None = None
     grad_clip: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -182,28 +182,27 @@ class Recipe(Config):
                 "optimizer": {"weight_decay": plan.weight_decay / plan.lr_factor},
             }
         interval = max(1, min(1_000, steps // 6))
-        schedules = {
-            "lr": {"warmup_steps": min(warmup, steps // 10)},
-            "momentum": {"warmup_steps": min(momentum_warmup, steps // 4)},
+        fields |= {
+            "model": model,
+            "schedules": {
+                "lr": {"warmup_steps": min(warmup, steps // 10)},
+                "momentum": {"warmup_steps": min(momentum_warmup, steps // 4)},
+            },
+            "batch_tokens": batch,
+            "num_steps": steps,
+            "evaluate_every": interval,
+            "save_every": interval,
+            "samples": {"every": interval},
         }
-        return cls(
-            model=model,
-            schedules=schedules,
-            batch_tokens=batch,
-            num_steps=steps,
-            evaluate_every=interval,
-            save_every=interval,
-            samples={"every": interval},
-            **fields,
-        )
+        return cls(**fields)
 
     @classmethod
     def load(cls, path: str | Path, *, overrides: dict[str, str] | None = None) -> Self:
         """Read a recipe from a file, or the one that a run was made with from the run's folder.
 
         Args:
-            path: A `.toml` or `.json` file, or a `.py` file that sets `recipe = Recipe(...)`, which is executed. A folder
-                is a run. TOML has no word for `None`: write `"none"`.
+            path: A `.toml` or `.json` file, or a `.py` file that sets `recipe = Recipe(...)`, which is executed. A
+                folder is a run. TOML has no word for `None`: write `"none"`.
             overrides: Values by dotted name, as text: `{"model.num_layers": "6"}`.
 
         Raises:
@@ -226,8 +225,8 @@ class Recipe(Config):
         try:
             return cls(**with_overrides(fields, overrides or {}, cls))
         except ConfigError as error:
-            text = "; ".join(line.removesuffix(".") for line in str(error).splitlines())
-            raise ConfigError(f"{where}: {text}." if where else f"{text}.") from None
+            text = " ".join(str(error).splitlines())  # one line a field: each is a sentence
+            raise ConfigError(f"{where}: {text}" if where else text) from None
 
     def save(self, folder: str | Path) -> Path:
         """Write `recipe.json` into a folder, complete or not at all, and return its path.

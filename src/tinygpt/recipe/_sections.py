@@ -1,7 +1,7 @@
 """The parts of a recipe: plain values by name, each part a section of the file."""
 
 from inspect import signature
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -124,12 +124,13 @@ class PhaseRecipe(Config):
     weight_decay: ScheduleRecipe | None = None
     train: str | None = None
     batch_tokens: Positive | None = None
-    accept: list[Literal["schedule"]] = []
+    accept: list[Literal["schedule"]] = Field(default_factory=list)
 
 
 class TokenizerRecipe(Config):
-    """Which tokenizer: that of a folder, or one to train. With neither it is that of the token shards, or bytes for text.
+    """Which tokenizer: that of a folder, or one to train.
 
+    With neither it is the one that made the token shards, or bytes for text.
     In a recipe `tokenizer = "bytes"` and `tokenizer = "some/folder"` are short for the whole section.
 
     Args:
@@ -168,8 +169,8 @@ class DataRecipe(Config):
     """What to train and to measure on, and how it becomes rows.
 
     A path is `"embedded"` for the book that comes with the package, a folder of token shards, or whatever
-    `tinygpt.data.open_source` opens: a file, a folder, `hf://datasets/...`. Relative paths start where the command runs;
-    the recipe that is saved with a run has absolute ones.
+    `tinygpt.data.open_source` opens: a file, a folder, `hf://datasets/...`. Relative paths start where the command
+    runs; the recipe that is saved with a run has absolute ones.
 
     Args:
         train: Path of the training text; `None` for the embedded book, unless there is a `mixture`.
@@ -193,7 +194,7 @@ class DataRecipe(Config):
     """
 
     train: str | None = None
-    mixture: dict[str, Rate] = {}
+    mixture: dict[str, Rate] = Field(default_factory=dict)
     validation: str | None = None
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.05
     validation_tokens: Positive | None = 524_288
@@ -250,7 +251,7 @@ class SamplesRecipe(Config):
     """
 
     every: Positive | None = None
-    prompts: list[str] = ["The "]
+    prompts: list[str] = Field(default_factory=lambda: ["The "])
     max_new_tokens: Positive = 64
     temperature: Rate = 0.8
 
@@ -267,6 +268,3 @@ class PushRecipe(Config):
     repo: str
     private: bool = True
     license: str | None = None
-
-
-assert set(get_args(ScheduleKind)) <= set(schedules.__all__)
