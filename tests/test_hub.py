@@ -1,6 +1,5 @@
 """Push and pull against a real HTTP server; the client runs in a fresh process, as its settings are read at import."""
 
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -9,9 +8,10 @@ from pathlib import Path
 import pytest
 
 import tinygpt
+from hub_client import client_environment
 from hub_server import HubServer, serve_hub
 from tinygpt.errors import ConfigError, HubError
-from tinygpt.hub import resolve, upload_folder
+from tinygpt.hub import check_tags, resolve, upload_folder
 
 MODEL = {"config.json": b'{"dim": 8}\n', "model.safetensors": bytes(range(256)) * 40, "tokenizer.json": b"{}"}
 
@@ -24,7 +24,11 @@ sys.modules["tinygpt"] = package = types.ModuleType("tinygpt")
 package.__path__ = [sys.argv[2]]
 from tinygpt import hub
 from tinygpt.errors import HubError
-hub._FIRST_WAIT_SECONDS = 0.01
+from tinygpt.hub import _retry
+import time
+waits = []
+sleep = time.sleep
+time.sleep = lambda seconds: (waits.append(seconds), sleep(min(seconds, 0.01)))  # the client's waits too
 folder = Path(sys.argv[1])
 """
 
@@ -39,11 +43,9 @@ def hub() -> Iterator[HubServer]:
         yield server
 
 
-def client(hub: HubServer, folder: Path, code: str) -> str:
+def client(hub: HubServer, folder: Path, code: str, token: str | None = "hf_test") -> str:
     """Run `code` as a user would, with the Hub at the server's address; return what it prints."""
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
-    environment |= {"HF_ENDPOINT": hub.url, "HF_TOKEN": "hf_test", "HF_HOME": str(folder / "home")}
-    environment["HF_HUB_DISABLE_PROGRESS_BARS"] = environment["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    environment = client_environment(hub, folder / "home", token)
     package = Path(tinygpt.__file__).parent
     done = subprocess.run(
         [sys.executable, "-c", PRELUDE + code + CODA, str(folder), str(package)],
@@ -181,18 +183,19 @@ except HubError as error:
     assert hub.count("GET", "/api/models/") == 3
 
 
-def test_waits_double_up_to_a_bound(hub: HubServer, tmp_path: Path) -> None:
+def test_waits_double_up_to_a_bound_and_differ_by_a_quarter(hub: HubServer, tmp_path: Path) -> None:
     hub.fail("GET", "/api/models/", status=502)
     code = """
-waits = []
-hub.time.sleep = waits.append
-hub._FIRST_WAIT_SECONDS = 1.0
 try:
     hub.resolve("user/tiny", retries=7)
 except HubError:
     print(*waits)
 """
-    assert client(hub, tmp_path, code).split() == ["1.0", "2.0", "4.0", "8.0", "16.0", "30.0", "30.0"]
+    waits = [float(wait) for wait in client(hub, tmp_path, code).split()]
+    assert len(waits) == 7
+    for wait, base in zip(waits, [1, 2, 4, 8, 16, 30, 30], strict=True):
+        assert 0.75 * base <= wait <= 1.25 * base
+    assert waits[5] != waits[6]
 
 
 def test_refusals_are_not_repeated_and_say_what_to_do(hub: HubServer, tmp_path: Path) -> None:
@@ -267,3 +270,35 @@ def test_an_empty_folder_name_never_publishes_the_working_directory(
     monkeypatch.chdir(write_model(tmp_path))
     with pytest.raises(HubError, match="'' is not an existing folder"):
         upload_folder("", "user/tiny")
+
+
+def test_without_a_token_nothing_is_asked_and_the_ways_to_one_are_named(hub: HubServer, tmp_path: Path) -> None:
+    write_model(tmp_path)
+    code = """
+try:
+    hub.upload_folder(folder / "saved", "user/tiny")
+except HubError as error:
+    print(error)
+hub.upload_folder(folder / "saved", "user/given", token="hf_given")
+"""
+    message = client(hub, tmp_path, code, token=None)
+    assert "Uploading 'saved' to 'user/tiny' failed: there is no access token." in message
+    assert "set HF_TOKEN, run `hf auth login`, or pass token=..." in message
+    assert hub.repos.keys() == {"user/given"}
+
+
+def test_names_of_tags_and_branches_are_checked_first(tmp_path: Path) -> None:
+    (tmp_path / "config.json").touch()
+    assert check_tags("step-87000") == ["step-87000"]
+    assert check_tags(["v1.0", "runs/a+b", "v1.0"]) == ["v1.0", "runs/a+b"]
+    for name in ("", "-x", "a b", "a..b", "a.lock", "refs/heads/", "a~1", "a:b", "a.", "@{", "a\nb"):
+        with pytest.raises(HubError, match="is no name for a tag or branch; use letters"):
+            upload_folder(tmp_path, "user/tiny", tags=name)
+        with pytest.raises(HubError, match="is no name for a tag or branch"):
+            upload_folder(tmp_path, "user/tiny", branch=name)
+
+
+def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / ".hidden").touch()
+    with pytest.raises(HubError, match="holds no file to upload"):
+        upload_folder(tmp_path, "user/tiny")

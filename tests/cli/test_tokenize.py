@@ -45,8 +45,8 @@ def test_what_was_skipped_is_reported(tmp_path: Path, tokenizer: str, capsys: py
     assert "skipped 1 in notes.jsonl" in capsys.readouterr().out
 
 
-def test_an_error_is_one_line_and_status_1(tmp_path: Path, tokenizer: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["tokenize", str(tmp_path / "absent"), str(tmp_path / "out"), "--tokenizer", tokenizer]) == 1
+def test_an_error_is_one_line_and_status_2(tmp_path: Path, tokenizer: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["tokenize", str(tmp_path / "absent"), str(tmp_path / "out"), "--tokenizer", tokenizer]) == 2
     assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'absent'} does not exist")
 
 

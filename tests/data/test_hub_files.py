@@ -15,16 +15,16 @@ import pytest
 from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 
 from hub_server import HubServer, serve_hub
-from tinygpt import hub as hub_module
 from tinygpt.data import HubFiles, open_source
 from tinygpt.errors import ConfigError, DataError, HubError
+from tinygpt.hub import _retry
 
 REPO = "datasets/user/tiny"
 
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    monkeypatch.setattr(hub_module, "_FIRST_WAIT_SECONDS", 0.01)
+    monkeypatch.setattr(_retry, "_FIRST_WAIT_SECONDS", 0.01)
     disable_progress_bars()
     try:
         with serve_hub() as server:

@@ -8,8 +8,16 @@ from pathlib import Path
 import pytest
 
 from hub_server import HubServer, serve_hub
+from tinygpt import GPT, GPTConfig
+from tinygpt.errors import CheckpointError, ConfigError, HubError
+from tinygpt.manifest import write_manifest
+from tinygpt.tokenizer import ByteTokenizer, load_tokenizer
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "reproduce_rtx4070_d12.py"
+
+
+def tiny() -> GPT:
+    return GPT.from_config(GPTConfig.from_depth(1, head_dim=16, width_per_layer=16, vocab_size=257, max_seq_len=16))
 
 
 def run(hub: HubServer, home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -29,7 +37,8 @@ from tinygpt.tokenizer import ByteTokenizer, load_tokenizer
 model = GPT.from_config(GPTConfig.from_depth(2, head_dim=16, width_per_layer=16, vocab_size=257, max_seq_len=16))
 ByteTokenizer().save("model")
 print(model.push_to_hub("user/tiny", folder="model", private=True, commit_message="first"))
-loaded = GPT.from_pretrained("user/tiny")
+print(model.push_to_hub("user/tiny", tokenizer=ByteTokenizer(), card="---\\nlicense: mit\\n---\\n", tags="v1"))
+loaded = GPT.from_pretrained("user/tiny", revision="v1")
 assert torch.equal(loaded(torch.tensor([[256, 1]])), model(torch.tensor([[256, 1]])))
 """
     with serve_hub() as hub:
@@ -37,6 +46,7 @@ assert torch.equal(loaded(torch.tensor([[256, 1]])), model(torch.tensor([[256, 1
         assert done.returncode == 0, done.stderr
         files = hub.repos["user/tiny"].commits[hub.repos["user/tiny"].branches["main"]]
         assert {"config.json", "model.safetensors", "tokenizer_config.json"} <= files.keys()
+        assert hub.repos["user/tiny"].files("v1")["README.md"] == b"---\nlicense: mit\n---\n"
 
 
 @pytest.mark.parametrize("broken", [False, True])
@@ -61,3 +71,41 @@ def test_the_example_pushes_each_checkpoint_and_goes_on_without_a_hub(tmp_path: 
             "tokenizer_config.json",
         }
         assert files["model.safetensors"] == (local / "model.safetensors").read_bytes()
+
+
+def test_a_saved_model_takes_its_tokenizer_along(tmp_path: Path) -> None:
+    tiny().save_pretrained(tmp_path / "model", ByteTokenizer())
+    assert load_tokenizer(tmp_path / "model").fingerprint() == ByteTokenizer().fingerprint()
+
+
+def test_a_tokenizer_with_more_ids_than_the_model_is_refused(tmp_path: Path) -> None:
+    model = GPT.from_config(GPTConfig.from_depth(1, head_dim=16, width_per_layer=16, vocab_size=256, max_seq_len=16))
+    with pytest.raises(ConfigError, match="the tokenizer has 257 ids, more than the model's vocab_size=256"):
+        model.save_pretrained(tmp_path / "model", ByteTokenizer())
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_model_is_not_saved_over_the_one_in_a_checkpoint(tmp_path: Path) -> None:
+    tiny().save_pretrained(tmp_path)
+    write_manifest(tmp_path)
+    before = (tmp_path / "model.safetensors").read_bytes()
+    with pytest.raises(CheckpointError, match="is a checkpoint, which is written as a whole; choose another folder"):
+        tiny().save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+
+
+def test_devices_and_dtypes_that_are_none_are_refused_first() -> None:
+    for device in ("gpu", "cuda:99", 3.5):
+        with pytest.raises(ConfigError, match=r"device=.* cannot be used here .*; take 'cpu', or 'cuda' with a GPU"):
+            GPT.from_pretrained("user/never-asked-for", device=device)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"dtype 'bfloat16' is not a floating-point dtype; use torch\.bfloat16"):
+        GPT.from_pretrained("user/never-asked-for", dtype="bfloat16")  # type: ignore[arg-type]
+
+
+def test_a_model_is_not_pushed_under_no_name_nor_without_a_config() -> None:
+    with pytest.raises(HubError, match="'tiny' is not a Hub name"):
+        tiny().push_to_hub("tiny")
+    own = tiny()
+    own.config = None
+    with pytest.raises(ConfigError, match="assembled without a config"):
+        own.push_to_hub("user/tiny")

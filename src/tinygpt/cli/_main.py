@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 
 import tinygpt
 from tinygpt.cli import (
+    _compare,
     _completion,
     _eval,
     _export,
@@ -17,6 +18,8 @@ from tinygpt.cli import (
     _import,
     _info,
     _plan,
+    _push,
+    _report,
     _resume,
     _tokenize,
     _tokenizer,
@@ -34,8 +37,11 @@ _COMMANDS = (
     _tokenize,
     _eval,
     _generate,
+    _report,
+    _compare,
     _export,
     _import,
+    _push,
     _info,
     _completion,
 )
@@ -53,6 +59,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0; 2 after an error, which is printed; 130 if the user stopped it; 141 if nobody reads what it
         prints.
+
+    Raises:
+        SystemExit: From the parser, and from training that was interrupted, with such a status as well.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     try:
@@ -69,8 +78,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _leave_pipe()
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except SystemExit as stopped:  # of argparse, and of a trainer that was interrupted
-        return stopped.code if isinstance(stopped.code, int) else 0
     except KeyboardInterrupt:
         print("stopped; run the same command again to go on", file=sys.stderr)
         return _INTERRUPTED

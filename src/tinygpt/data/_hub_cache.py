@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tinygpt.errors import HubError
-from tinygpt.hub import _with_retries
+from tinygpt.hub._retry import with_retries
 
 _BLOCK_BYTES = 1 << 20
 
@@ -107,7 +107,7 @@ class FileCache:
                     if not self._make_room(index, required):
                         return False
                     task = f"Downloading {file.path!r} from the Hub failed"
-                    _with_retries(lambda: self._download(file.path), task, self._retries)
+                    with_retries(lambda: self._download(file.path), task, self._retries)
                 elif index in self._checked:
                     return True
                 if _matches(path, file):

@@ -16,7 +16,7 @@ from tinygpt.data._formats import MAX_DOCUMENT_BYTES, Format, JsonFormat, TextFo
 from tinygpt.data._hub_cache import DamagedDownloadError, FileCache, RemoteFile
 from tinygpt.data._parquet import ParquetFormat
 from tinygpt.errors import ConfigError, DataError
-from tinygpt.hub import _with_retries
+from tinygpt.hub._retry import with_retries
 
 HUB_SCHEME = "hf://"
 
@@ -91,7 +91,7 @@ class HubFiles(FileSource):
         repo, revision = match["repo"], unquote(match["revision"]) if match["revision"] else None
         api = HfApi(endpoint=endpoint, token=token)
         where = f"{repo!r} at revision {revision!r}" if revision else repr(repo)
-        commit, files = _with_retries(
+        commit, files = with_retries(
             partial(_list, api, repo, revision), f"Listing the dataset {where} failed", retries
         )
         form, matched = _choose(files, match["pattern"], where, text_key, separator, max_document_bytes)

@@ -1,5 +1,7 @@
 """Saving, loading and publishing a model."""
 
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
 
@@ -8,6 +10,7 @@ from torch import nn
 
 from tinygpt import hub
 from tinygpt.errors import CheckpointError, ConfigError
+from tinygpt.manifest import MANIFEST_FILE
 from tinygpt.model._config import GPTConfig
 from tinygpt.model._files import (
     CONFIG_FILE,
@@ -19,6 +22,7 @@ from tinygpt.model._files import (
     write_model,
 )
 from tinygpt.model._parts import PartFactory
+from tinygpt.tokenizer import Tokenizer
 
 
 class PretrainedFiles(nn.Module):
@@ -39,17 +43,32 @@ class PretrainedFiles(nn.Module):
         """Build a model; `GPT` does."""
         raise NotImplementedError
 
-    def save_pretrained(self, folder: str | Path) -> None:
+    def save_pretrained(self, folder: str | Path, tokenizer: Tokenizer | None = None) -> None:
         """Write `config.json` and `model.safetensors`; existing ones are replaced only when the new ones are whole.
 
+        Args:
+            folder: Where; made if it is missing.
+            tokenizer: Saved beside them, so that `load_tokenizer` finds it in the same folder.
+
         Raises:
-            ConfigError: If the model was assembled without a config.
+            ConfigError: If the model was assembled without a config, or the tokenizer has more ids than the model.
+            CheckpointError: If the folder is a checkpoint of a run, or a file cannot be written.
         """
+        folder = Path(folder)
         if self.config is None:
             raise ConfigError("this GPT was assembled without a config: give GPT(config=...) to save it.")
+        if tokenizer is not None and tokenizer.vocab_size > self.config.vocab_size:
+            raise ConfigError(
+                f"the tokenizer has {tokenizer.vocab_size} ids, more than the model's vocab_size="
+                f"{self.config.vocab_size}: give the one that the model was trained with."
+            )
+        if (folder / MANIFEST_FILE).exists():  # whose hashes would then be wrong
+            raise CheckpointError(f"{folder} is a checkpoint, which is written as a whole; choose another folder.")
         # Blocks that torch.compile wrapped one by one are saved under the names of the blocks.
         weights = {name.replace("._orig_mod", ""): tensor for name, tensor in self.state_dict().items()}
-        write_model(Path(folder), self.config, describe_blocks(self.blocks), weights)
+        write_model(folder, self.config, describe_blocks(self.blocks), weights)
+        if tokenizer is not None:
+            tokenizer.save(folder)
 
     @classmethod
     def from_pretrained(
@@ -77,15 +96,22 @@ class PretrainedFiles(nn.Module):
             **parts: The factories the model was built with, as for `from_config`.
 
         Raises:
+            ConfigError: If device or dtype is none that torch can put weights in.
             HubError: If it is neither a folder nor a repository that can be read.
             CheckpointError: If a file is missing or damaged, or names or shapes do not fit.
+
+        Example:
+            ```python
+            model = GPT.from_pretrained("user/repo", revision="step-87000", dtype=torch.bfloat16)
+            ```
         """
+        device = _checked_device(device)
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise ConfigError(f"dtype {dtype!r} is not a floating-point dtype; use torch.bfloat16 for example.")
         folder = hub.resolve(
             name_or_path, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token
         )
         config = read_config(folder)
-        if dtype is not None and not dtype.is_floating_point:
-            raise ConfigError(f"dtype {dtype} is not a floating-point dtype; use torch.bfloat16 for example.")
         try:
             with torch.device("meta"):
                 model = cls.from_config(config, **parts)
@@ -99,20 +125,62 @@ class PretrainedFiles(nn.Module):
         self,
         repo_id: str,
         *,
-        folder: str | Path,
+        folder: str | Path | None = None,
+        tokenizer: Tokenizer | None = None,
+        card: str | None = None,
         private: bool = False,
         branch: str | None = None,
         commit_message: str | None = None,
+        tags: str | Sequence[str] = (),
         token: str | None = None,
     ) -> str:
-        """Save into `folder` and upload it; return the address of the commit.
+        """Upload model and tokenizer in one commit; return its address.
+
+        Args:
+            repo_id: `user/repo`, made if it is missing.
+            folder: Save here first, and upload all that is in it. `None` takes a folder that is gone afterwards.
+            tokenizer: Goes along, so that others can encode for the model.
+            card: The text of `README.md`; `tinygpt.publish.model_card` writes it from the record of a run.
+            private: Create the repository as private. An existing public one is refused, not made private.
+            branch: Branch to commit to, made if it is missing. `None` is the main branch.
+            commit_message: First line of the commit.
+            tags: One or several tags for the commit, such as `"step-87000"`; a tag on another model is an error.
+            token: Access token with write permission. `None` is the one the client is logged in with.
 
         Raises:
-            ConfigError: If the model was assembled without a config.
-            HubError: If the name is not one, or the upload fails after bounded retries.
+            ConfigError: If the model was assembled without a config, or the tokenizer does not fit.
+            CheckpointError: If the folder is a checkpoint of a run, or cannot be written.
+            HubError: If a name is none, access is refused, a tag is taken, or the upload fails after bounded retries.
+
+        Example:
+            ```python
+            model.push_to_hub("user/repo", tokenizer=tokenizer, private=True, tags="step-87000")
+            ```
         """
         hub.check_repo_id(repo_id)
-        self.save_pretrained(folder)
-        return hub.upload_folder(
-            Path(folder), repo_id, private=private, branch=branch, commit_message=commit_message, token=token
-        )
+        with tempfile.TemporaryDirectory() as temporary:
+            target = Path(temporary if folder is None else folder)
+            self.save_pretrained(target, tokenizer)
+            if card is not None:
+                (target / "README.md").write_text(card, encoding="utf-8", newline="\n")
+            return hub.upload_folder(
+                target,
+                repo_id,
+                private=private,
+                branch=branch,
+                commit_message=commit_message or "Upload model",
+                tags=tags,
+                token=token,
+            )
+
+
+def _checked_device(device: torch.device | str) -> torch.device:
+    try:
+        checked = torch.device(device)
+        torch.empty(0, device=checked)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"device={device!r} cannot be used here ({reason}); take 'cpu', or 'cuda' with a GPU."
+        ) from None
+    return checked
