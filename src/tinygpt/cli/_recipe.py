@@ -59,7 +59,7 @@ def recipe_of(options: argparse.Namespace) -> "Recipe":
 
 
 def overrides_of(options: argparse.Namespace) -> dict[str, str]:
-    """Return the values to lay over a recipe; a separator may be typed as `\\n`, since shells have no newline."""
+    """Return the values to lay over a recipe; shells have no newline, so a separator may be typed as an escape."""
     return {name: unescaped(value) if name == "data.separator" else value for name, value in options.overrides.items()}
 
 

@@ -130,7 +130,8 @@ def build_run(recipe: "Recipe", out_dir: Path) -> RecipeRun:
     if validation is not None:
         hooks.append(every(recipe.evaluate_every or recipe.total_steps, evaluation(validation)))
     if recipe.samples.every is not None:
-        hooks.append(every(recipe.samples.every, sampling(recipe.samples, tokenizer, recipe.seed)))
+        hook = sampling(recipe.samples, tokenizer, max_seq_len=recipe.model.max_seq_len, seed=recipe.seed)
+        hooks.append(every(recipe.samples.every, hook))
     if recipe.push is None:
         return RecipeRun(recipe, trainer, tuple(hooks), validation, out_dir)
     from tinygpt.publish import PushQueue
@@ -271,14 +272,24 @@ def evaluation(validation: ValidationSet) -> Hook:
     return hook
 
 
-def sampling(section: SamplesRecipe, tokenizer: Tokenizer, seed: int) -> Hook:
-    """Return a hook that lets the model continue the prompts and records what it writes."""
+def sampling(section: SamplesRecipe, tokenizer: Tokenizer, *, max_seq_len: int, seed: int) -> Hook:
+    """Return a hook that lets the model continue the prompts and records what it writes.
+
+    Raises:
+        ConfigError: If a prompt leaves no room in the model's context; not hours later, at the first sample.
+    """
+    rooms = [max_seq_len - 1 - len(tokenizer.encode(prompt)) for prompt in section.prompts]  # <|bos|> comes first
+    if min(rooms, default=1) < 1:
+        prompt = section.prompts[rooms.index(min(rooms))]
+        raise ConfigError(
+            f"samples.prompts: {prompt[:40]!r} takes {max_seq_len - min(rooms)} tokens with <|bos|>, and the model's "
+            f"context has {max_seq_len}; shorten it."
+        )
 
     def hook(trainer: Trainer, step: StepMetrics) -> None:
         model = trainer.model
         assert isinstance(model, GPT)
-        for prompt in section.prompts:
-            room = max(0, (model.max_seq_len or 0) - len(tokenizer.encode(prompt)) - 1)  # <|bos|> stands before it
+        for prompt, room in zip(section.prompts, rooms, strict=True):
             pieces = stream_text(
                 model,
                 tokenizer,

@@ -6,8 +6,8 @@ import os
 import runpy
 import tomllib
 from pathlib import Path
-from types import NoneType
-from typing import TYPE_CHECKING, Any, get_args
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Any, Union, get_args, get_origin
 
 from tinygpt.config import Config
 from tinygpt.errors import ConfigError
@@ -106,12 +106,13 @@ def _put(fields: dict[str, Any], parts: list[str], value: Any, name: str) -> Non
         last = index == len(parts) - 1
         if isinstance(here, list):
             if not part.isdecimal() or int(part) >= len(here):
-                known = f"0 to {len(here) - 1}" if here else "none, there are no phases"
-                raise ConfigError(f"{name}: {part!r} is not the number of a phase; choose {known}.")
+                raise ConfigError(f"{name}: {part!r} is none of {len(here)} {parts[index - 1]}, counted from 0.")
             key: Any = int(part)
         else:
             key = part
             if not last and not isinstance(here.get(key), dict | list):
+                if parts[index + 1].isdecimal():
+                    raise ConfigError(f"{name}: the recipe has no {part} to change; write them into a file.")
                 here[key] = {}  # a section that was left out, or written in its short form
         if last:
             here[key] = value
@@ -138,7 +139,8 @@ def _annotation(config: type[Config], parts: list[str]) -> Any:
 
 
 def _alternatives(annotation: Any) -> tuple[Any, ...]:
-    return get_args(annotation) or (annotation,)
+    """Return the members of a union, or the type alone."""
+    return get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
 
 
 def _value(text: str, annotation: Any) -> Any:

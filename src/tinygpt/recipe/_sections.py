@@ -10,7 +10,8 @@ from tinygpt.config import Config
 from tinygpt.data import OnError, Overflow
 from tinygpt.schedules import Schedule
 
-Positive = Annotated[int, Field(ge=1)]
+# A bound that no run reaches, so that a slip of the keyboard is refused before anything is computed with it.
+Positive = Annotated[int, Field(ge=1, le=2**53)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
