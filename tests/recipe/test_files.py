@@ -50,7 +50,7 @@ def test_the_documented_recipe_is_the_documented_run() -> None:
     assert (plan.num_parameters, plan.num_steps, plan.step_tokens) == (286_261_730, 87_000, 65_536)
     first = plan.phases[0]["rates"]["first"]
     assert first["weight_decay"] == pytest.approx(0.099, abs=1e-4)
-    assert first["lr"] * 40 == pytest.approx(0.02 * 0.354, rel=1e-3)
+    assert first["lr"] * 40 == pytest.approx(0.02 * 8**-0.5, rel=1e-9)
 
 
 def test_its_commented_phases_are_the_jump_that_ran(tmp_path: Path) -> None:
