@@ -10,7 +10,7 @@ import torch
 from nanochat_names import read_recording
 from tinygpt import GPT, GPTConfig, Trainer, TrainerConfig
 from tinygpt.data import Batch, BatchLoader, TextDocuments
-from tinygpt.generate import generate
+from tinygpt.generate import Engine, GenerationConfig, generate, generate_batch
 from tinygpt.layers import causal_attention
 from tinygpt.metrics import read_metrics
 from tinygpt.optim import MuonAdamW, nanochat_rules, orthogonalize, param_groups
@@ -89,6 +89,25 @@ def test_cached_greedy_text_equals_text_without_cache() -> None:
     torch.nn.init.normal_(model.head.weight, std=0.3)
     cached = generate(model, [256, 5], max_new_tokens=40, temperature=0)
     assert cached == generate(model, [256, 5], max_new_tokens=40, temperature=0, use_cache=False)
+
+
+@pytest.mark.parametrize("weights", [None, "float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.filterwarnings("ignore")  # the compiler warns about itself
+def test_an_engine_writes_on_a_gpu_what_it_writes_alone(weights: Any, compiled: bool) -> None:
+    model = make_model(window_pattern="SL", short_window_tokens=20).cuda()
+    torch.nn.init.normal_(model.head.weight, std=0.3)
+    prompts = [[256, *range(length)] for length in (3, 30, 7, 50, 1)]
+    engine = Engine(model, num_slots=3, weights=weights, compile=compiled)
+    config = GenerationConfig(max_new_tokens=40, temperature=0, logprobs=0)
+    for prompt, (text,) in zip(prompts, generate_batch(engine, prompts, config), strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + text.token_ids], device="cuda"))[0, len(prompt) - 1 : -1]
+        expected = logits.log_softmax(-1).gather(1, torch.tensor(text.token_ids, device="cuda")[:, None])[:, 0].cpu()
+        found = torch.tensor([entry.logprob for entry in text.logprobs or []])
+        torch.testing.assert_close(found, expected, rtol=0, atol=0.01 if weights in (None, "float32") else 1.0)
+        if weights is None:
+            assert text.token_ids == generate(model, prompt, max_new_tokens=40, temperature=0)
 
 
 def test_a_resumed_run_repeats_the_losses(tmp_path: Path) -> None:

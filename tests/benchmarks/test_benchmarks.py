@@ -14,6 +14,11 @@ SCRIPTS = sorted(path for path in (ROOT / "benchmarks").glob("*.py") if not path
 # What each file measures beside the time; a script may write more than one file.
 FILES = {
     "corpus_size": {"corpus_size": {"peak_mib", "cost_against_smallest"}},
+    "decode": {
+        "decode": {"tokens_per_second", "first_token_seconds"},
+        "decode_position": {"milliseconds_per_token"},
+        "decode_weights": {"bpb", "bpb_cost"},
+    },
     "import_time": {"import_time": {"over_torch_seconds"}},
     "loader": {"loader": {"tokens_per_second"}},
     "loss": {"loss": {"extra_mib"}},

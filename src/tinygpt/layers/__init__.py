@@ -21,6 +21,7 @@ from tinygpt.layers._mlp import ReluSquaredMLP as ReluSquaredMLP
 from tinygpt.layers._mlp import SwiGLU as SwiGLU
 from tinygpt.layers._norm import RMSNorm as RMSNorm
 from tinygpt.layers._rotary import RotaryEmbedding as RotaryEmbedding
+from tinygpt.layers._slot_cache import SlotCache as SlotCache
 
 __all__ = [
     "Backout",
@@ -34,6 +35,7 @@ __all__ = [
     "RMSNorm",
     "ReluSquaredMLP",
     "RotaryEmbedding",
+    "SlotCache",
     "Smear",
     "SwiGLU",
     "TokenEmbedding",

@@ -55,10 +55,35 @@ def causal_attention(
         if window_tokens >= seq - 1:
             window_tokens = None
     grouped = heads != kv_heads
+    if q_seq == 1:
+        return one_query_attention(q, k, v, scale=scale)
     if window_tokens is None and q_seq == seq:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
-    mask = None if q_seq == 1 else _band(q_seq, seq, window_tokens, q.device)
+    mask = _band(q_seq, seq, window_tokens, q.device)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
+
+
+def one_query_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, visible: Tensor | None = None, scale: float | None = None
+) -> Tensor:
+    """Return the attention of one query a row over keys in any order; shapes as in `causal_attention`, `q_seq` 1.
+
+    `visible` is boolean, `(batch, seq)`; `None` lets every query see all keys.
+    """
+    batch, heads, _, head_dim = q.shape
+    kv_heads = k.shape[1]
+    # The query heads of a group become the queries of their key head: nothing is repeated for them.
+    grouped = q.reshape(batch, kv_heads, heads // kv_heads, head_dim)
+    if q.device.type == "cpu":
+        # Twice as fast as the fused kernel there: the keys are read along their rows, as they lie in memory.
+        scores = (k @ (grouped * (head_dim**-0.5 if scale is None else scale)).transpose(2, 3)).transpose(2, 3)
+        if visible is not None:
+            scores = scores.masked_fill(~visible[:, None, None], float("-inf"))
+        y = scores.softmax(dim=-1) @ v
+    else:
+        mask = None if visible is None else visible[:, None, None]
+        y = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask, scale=scale)
+    return y.reshape(batch, heads, 1, head_dim)
 
 
 def _band(q_seq: int, seq: int, window_tokens: int | None, device: torch.device) -> Tensor:

@@ -119,15 +119,22 @@ class CausalSelfAttention(nn.Module):
             gate = 3.0 * torch.sigmoid(self.value_gate(x[..., : self.value_gate.in_features]))
             extra = rearrange(self.value_embedding(token_ids).to(x.dtype), _SPLIT_HEADS, head_dim=self.head_dim)
             v = v + rearrange(gate, "batch seq kv_heads -> batch kv_heads seq 1") * extra
-        if self.rope is not None:
-            position = 0 if cache is None else cache.length
-            q, k = self.rope(q, position=position), self.rope(k, position=position)
-        if self.qk_norm:
-            q, k = (F.rms_norm(heads, (self.head_dim,), eps=self.norm_eps) for heads in (q, k))
-        if cache is not None:
-            k, v = cache.append(k, v)
-        y = causal_attention(q, k, v, window_tokens=self.window_tokens, scale=self.score_scale)
+        if x.shape[1] == 1:
+            # One token is so little work that calls count: queries and keys are turned and normalized as one tensor.
+            both = self._turned_and_normed(torch.cat((q, k), dim=1), cache)
+            q, k = both[:, : self.num_heads], both[:, self.num_heads :]
+        else:
+            q, k = self._turned_and_normed(q, cache), self._turned_and_normed(k, cache)
+        attend = causal_attention if cache is None else cache.attend
+        y = attend(q, k, v, window_tokens=self.window_tokens, scale=self.score_scale)
         return self.o_proj(rearrange(y, _MERGE_HEADS))
+
+    def _turned_and_normed(self, x: Tensor, cache: LayerCache | None) -> Tensor:
+        """Return queries or keys `(batch, heads, seq, head_dim)` as they enter the product."""
+        if self.rope is not None:
+            seq = x.shape[2]
+            x = self.rope.turn(x, *(self.rope.tables(0, seq) if cache is None else cache.rotation(self.rope, seq)))
+        return F.rms_norm(x, (self.head_dim,), eps=self.norm_eps) if self.qk_norm else x
 
     def flops_per_token(self, seq_len: int) -> int:
         """Return forward and backward FLOPs a token of scores and weighted sum, projections not included.

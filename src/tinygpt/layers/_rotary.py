@@ -68,27 +68,48 @@ class RotaryEmbedding(nn.Module):
         cos.copy_(angles.cos())
         sin.copy_(sign * angles.sin())
 
-    def forward(self, x: Tensor, *, position: int = 0) -> Tensor:
+    def forward(self, x: Tensor, *, position: int | Tensor = 0) -> Tensor:
         """Rotate queries or keys.
 
         Args:
             x: `(batch, heads, seq, head_dim)`.
-            position: Position of the first element of `x` in its sequence.
+            position: Position of the first element of `x` in its sequence; `(batch,)` int64 where rows stand at
+                different ones.
 
         Returns:
             Same shape and dtype.
 
         Raises:
-            ConfigError: If the last position lies beyond `max_seq_len`.
+            ConfigError: As `tables`.
         """
-        end = position + x.shape[-2]
+        return self.turn(x, *self.tables(position, x.shape[-2]))
+
+    def tables(self, position: int | Tensor, seq: int) -> tuple[Tensor, Tensor]:
+        """Return cosines and sines of `seq` positions from `position` on, for `turn`.
+
+        Returns:
+            Two tensors `(seq, head_dim / 2)`, or `(batch, 1, seq, head_dim / 2)` where `position` is `(batch,)`.
+
+        Raises:
+            ConfigError: If the last position lies beyond `max_seq_len`. Positions in a tensor are not looked at, which
+                would make a GPU wait.
+        """
+        cos, sin = cast(Tensor, self.cos), cast(Tensor, self.sin)
+        if isinstance(position, Tensor):
+            index = (position[:, None] + torch.arange(seq, device=position.device))[:, None]
+            return cos[index], sin[index]
+        end = position + seq
         if end > self.max_seq_len:
             raise ConfigError(
                 f"position {end - 1} lies beyond the {self.max_seq_len} positions of this RotaryEmbedding; "
                 "shorten the sequence or build the model with a larger max_seq_len."
             )
-        cos = cast(Tensor, self.cos)[position:end].to(x.dtype)
-        sin = cast(Tensor, self.sin)[position:end].to(x.dtype)
+        return cos[position:end], sin[position:end]
+
+    @staticmethod
+    def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Rotate `(batch, heads, seq, head_dim)` by what `tables` returned."""
+        cos, sin = cos.to(x.dtype), sin.to(x.dtype)
         first, second = x.chunk(2, dim=-1)
         return torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1)
 

@@ -167,7 +167,7 @@ class GPT(PretrainedFiles):
             last = x[:, -1:]
             x = self.smear(x, previous=None if cache is None else cache.last_embedding)
             if cache is not None:
-                cache.last_embedding = last.detach().clone()
+                cache.remember(last)
         x0 = middle = x
         for index, block in enumerate(self.blocks):
             layer_cache = None if cache is None else cache.layers[index]
@@ -177,6 +177,11 @@ class GPT(PretrainedFiles):
         if self.backout is not None:
             x = self.backout(x, middle)
         return x if self.final_norm is None else self.final_norm(x)
+
+    @property
+    def vocab_size(self) -> int | None:
+        """Number of token ids: that of the config, else of the embedding table; `None` where neither tells."""
+        return self.config.vocab_size if self.config else getattr(self.embedding, "num_embeddings", None)
 
     def loss(self, token_ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Return summed next-token loss in nats and number of targets.
@@ -207,6 +212,8 @@ class GPT(PretrainedFiles):
     def new_cache(self, batch: int, *, max_seq_len: int | None = None) -> KVCache:
         """Return an empty cache for this many rows, on the model's device and in its compute dtype.
 
+        The cache of a layer whose attention has `window_tokens` keeps that window alone.
+
         Args:
             batch: Rows.
             max_seq_len: Positions that fit; `None` for as many as the model takes.
@@ -231,6 +238,7 @@ class GPT(PretrainedFiles):
                     attention.num_kv_heads,
                     length,
                     attention.head_dim,
+                    window_tokens=getattr(attention, "window_tokens", None),
                     device=weight.device,
                     dtype=self.compute_dtype or weight.dtype,
                 )
@@ -304,7 +312,7 @@ class GPT(PretrainedFiles):
         if token_ids.shape[1] < 1 or (self.max_seq_len is not None and token_ids.shape[1] > self.max_seq_len):
             raise ConfigError(f"got {token_ids.shape[1]} tokens; this model takes 1 to {self.max_seq_len}.")
         # Reading the extremes would make a GPU wait; there Trainer and stream_text compare the vocabularies before.
-        vocab_size = self.config.vocab_size if self.config else getattr(self.embedding, "num_embeddings", None)
+        vocab_size = self.vocab_size
         if token_ids.device.type == "cpu" and vocab_size is not None and not torch.compiler.is_compiling():
             lowest, highest = token_ids.aminmax()
             if lowest < 0 or highest >= vocab_size:

@@ -3,7 +3,8 @@ import torch
 
 from tinygpt import GPT, GPTConfig
 from tinygpt.errors import ConfigError, NonFiniteError
-from tinygpt.generate import generate, sample_token, stream_text, stream_tokens
+from tinygpt.generate import Engine, GenerationConfig, generate, sample_token, stream_text, stream_tokens
+from tinygpt.layers import CausalSelfAttention, causal_attention
 from tinygpt.tokenizer import ByteTokenizer
 
 
@@ -42,34 +43,65 @@ def test_stop_tokens_end_the_text_and_are_left_out(model: GPT) -> None:
 
 def test_tokens_come_one_by_one_and_the_mode_is_put_back(model: GPT) -> None:
     model.train()
-    stream = stream_tokens(model, [256], max_new_tokens=5, seed=0)
-    first = next(stream)
-    assert not model.training
-    stream.close()
+    modes = []
+    handle = model.blocks[0].register_forward_pre_hook(lambda block, _: modes.append(block.training))
+    first = next(stream_tokens(model, [256], max_new_tokens=5, seed=0))
+    handle.remove()
+    assert modes == [False]
     assert model.training
+    assert model.blocks[0].training
+    model.eval()
     assert first == generate(model, [256], max_new_tokens=1, seed=0)[0]
+
+
+def test_an_attention_of_ones_own_that_only_appends_writes_a_text(model: GPT) -> None:
+    """The contract of a cache before there were rows of different lengths; one text at a time still keeps it."""
+
+    class Own(CausalSelfAttention):
+        def forward(self, x, *, token_ids=None, cache=None):  # type: ignore[no-untyped-def]
+            q, k, v = (
+                proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+                for proj in (self.q_proj, self.k_proj, self.v_proj)
+            )
+            assert cache is None or cache.position == cache.length
+            k, v = (k, v) if cache is None else cache.append(k, v)
+            y = causal_attention(q, k, v, window_tokens=self.window_tokens)
+            return self.o_proj(y.transpose(1, 2).flatten(2))
+
+    assert model.config is not None
+    torch.manual_seed(0)
+    own = GPT.from_config(
+        model.config,
+        attention=lambda config, layer: Own(config.dim, config.num_heads, window_tokens=config.window_tokens(layer)),
+    )
+    for parameter in own.parameters():
+        if parameter.detach().abs().max() < 0.01:
+            torch.nn.init.normal_(parameter, std=0.3)
+    options = {"max_new_tokens": 30, "seed": 0}
+    assert generate(own, [256, 7, 8], **options) == generate(own, [256, 7, 8], use_cache=False, **options)
+    engine = Engine(own, num_slots=2)
+    for prompt in ([1], [2, 3]):
+        engine.add(prompt, GenerationConfig(max_new_tokens=3))
+    with pytest.raises(ConfigError, match="rows of this cache hold different numbers of positions"):
+        list(engine.run())
 
 
 def test_streamed_text_never_splits_a_character() -> None:
     text = "naïve — 😀"
     ids = [*text.encode(), 256]
 
-    class Recites(GPT):
-        """Writes one fixed text, byte by byte."""
+    class Recites(torch.nn.Module):
+        """A head that writes one fixed text, byte by byte."""
 
-        def __init__(self) -> None:
-            super().__init__(
-                embedding=torch.nn.Embedding(257, 4), blocks=[torch.nn.Identity()], head=torch.nn.Identity()
-            )
+        position = -1
 
-        def hidden_states(self, token_ids, *, cache=None):  # type: ignore[no-untyped-def]
-            self.position = getattr(self, "position", -1) + 1
-            return torch.nn.functional.one_hot(torch.tensor([[ids[self.position]]]), 257) * 1e4
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.position += 1
+            return torch.nn.functional.one_hot(torch.tensor([ids[self.position]]), 257) * 1e4
 
-        def new_cache(self, batch, *, max_seq_len=None):  # type: ignore[no-untyped-def]
-            return object()
-
-    pieces = list(stream_text(Recites(), ByteTokenizer(), "Say:", max_new_tokens=50))
+    model = GPT.from_config(GPTConfig.from_depth(1, head_dim=16, width_per_layer=16, vocab_size=257, max_seq_len=64))
+    model.head = Recites()
+    pieces = list(stream_text(model, ByteTokenizer(), "Say:", max_new_tokens=50))
     assert pieces == list(text)
 
 
