@@ -31,7 +31,7 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     )
     add("--domains", nargs="+", metavar="NAME=TEXT", help="measure on each of these and on all together")
     add("--max-tokens", type=int, default=524_288, metavar="N", help="most tokens of a text (default: 524,288)")
-    add("--rows", type=int, default=8, metavar="N", help="rows at a time (default: 8)")
+    add("--rows", type=int, metavar="N", help="rows at a time (default: 8, or those of a saved validation set)")
     add("--text-key", default="text", metavar="KEY", help="key or column of the text (default: text)")
     add("--separator", metavar="TEXT", help=r"what separates documents in .txt files, such as '\n\n'")
     add("--core", metavar="BUNDLE", help='folder, zip file or address of an evaluation bundle, needs "tinygpt[eval]"')
@@ -114,5 +114,5 @@ def _validation(text: str, options: argparse.Namespace, model: "GPT", tokenizer:
         raise ConfigError("the model has no config, so the length of its rows is not known.")
     source = open_text(text, options, embedded="validation")
     return ValidationSet.from_source(
-        source, tokenizer, rows=options.rows, seq_len=model.max_seq_len, max_tokens=options.max_tokens
+        source, tokenizer, rows=options.rows or 8, seq_len=model.max_seq_len, max_tokens=options.max_tokens
     )
