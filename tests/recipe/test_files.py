@@ -136,6 +136,17 @@ def test_a_dotted_name_reaches_its_field(tmp_path: Path, name: str, text: str, v
     assert type(found) is type(value)
 
 
+def test_a_depth_and_what_it_decides_may_be_laid_over_each_other(tmp_path: Path) -> None:
+    path = write(tmp_path, "num_steps = 6\n[model]\ndepth = 4\nhead_dim = 64\nsmear = false\n")
+    wider = Recipe.load(path, overrides={"model.num-layers": "3", "model.dim": "512"}).model
+    assert (wider.num_layers, wider.dim, wider.num_heads, wider.smear) == (3, 512, 4, False)
+    deeper = Recipe.load(path, overrides={"model.depth": "6"}).model
+    assert (deeper.num_layers, deeper.dim, deeper.head_dim) == (6, 384, 64)
+    Recipe.load(path).save(tmp_path)  # without a depth from here on
+    again = Recipe.load(tmp_path, overrides={"model.depth": "6"}).model
+    assert (again.num_layers, again.dim, again.smear) == (6, 384, False)
+
+
 WRONG: list[tuple[str, str, str]] = [
     ("sead", "3", "a recipe has no field 'sead'; did you mean seed"),
     ("xyz", "3", "a recipe has no field 'xyz'; its fields are model, tokenizer"),

@@ -27,8 +27,9 @@ if TYPE_CHECKING:
     from tinygpt.recipe._build import RecipeRun
     from tinygpt.recipe._plan import RunPlan
 
-# What `from_depth` takes from a model section, besides fields of its own.
-_FAMILY = ("head_dim", "width_per_layer")
+# What `GPTConfig.from_depth` takes, and what it decides.
+_FAMILY = ("depth", "head_dim", "width_per_layer")
+_DECIDED = ("num_layers", "num_heads", "dim")
 
 
 def _from_depth(value: Any) -> Any:
@@ -37,13 +38,26 @@ def _from_depth(value: Any) -> Any:
         return value
     section = dict(value)
     depth = section.pop("depth")
-    if decided := sorted({"num_layers", "num_heads", "dim"} & section.keys()):
+    if decided := [name for name in _DECIDED if name in section]:
         raise ConfigError(f"depth decides {', '.join(decided)} as well; give either.")
-    for name in ("depth", *_FAMILY):
-        number = depth if name == "depth" else section.get(name, 1)
-        if type(number) is not int:
+    for name in _FAMILY:
+        if type(number := value.get(name, 1)) is not int:
             raise ConfigError(f"{name}={number!r} is not a whole number.")
     return GPTConfig.from_depth(depth, **section)
+
+
+def _depth_as_overridden(fields: dict[str, Any], overrides: dict[str, str]) -> dict[str, Any]:
+    """Return fields in which a depth and what it decides, laid over each other, do not contradict each other."""
+    model = fields.get("model")
+    names = {name.replace("-", "_").removeprefix("model.") for name in overrides if name.startswith("model.")}
+    if not isinstance(model, dict):
+        return fields
+    if "depth" in names:
+        model = {name: value for name, value in model.items() if name not in _DECIDED}
+    elif names.intersection(_DECIDED) and not names.intersection(_FAMILY):
+        found = _from_depth(model)
+        model = found.model_dump(exclude_unset=True) if isinstance(found, GPTConfig) else found
+    return {**fields, "model": model}
 
 
 class Recipe(Config):
@@ -169,7 +183,7 @@ class Recipe(Config):
             steps = 300 if num_steps is None else num_steps
             batch, warmup, momentum_warmup, lr_scale = batch_tokens or 2_048, 10, 60, 0.5
             model = GPTConfig.from_depth(depth, head_dim=64, max_seq_len=256)
-            fields: dict[str, Any] = {"optimizer": {"lr_scale": lr_scale}}
+            fields: dict[str, Any] = {"optimizer": {"lr_scale": lr_scale}, "data": {"validation_tokens": 32_768}}
         else:
             plan = scaling.from_depth(depth, tokens_per_parameter=tokens_per_parameter, batch_tokens=batch_tokens)
             steps = plan.num_steps if num_steps is None else num_steps
@@ -223,7 +237,8 @@ class Recipe(Config):
             ConfigError: If a field or an override is wrong.
         """
         try:
-            return cls(**with_overrides(fields, overrides or {}, cls))
+            overrides = overrides or {}
+            return cls(**with_overrides(_depth_as_overridden(fields, overrides), overrides, cls))
         except ConfigError as error:
             text = " ".join(str(error).splitlines())  # one line a field: each is a sentence
             raise ConfigError(f"{where}: {text}" if where else text) from None
