@@ -332,6 +332,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"phases": [{"steps": 6, "lr": {"kind": "cosine", "warmup_steps": 7}}]}, r"phases\.0\.lr: warmup_steps=7"),
     ({"schedules": {"lr": {"kind": "linear"}}}, "kind='linear'"),
     ({"model": {"depth": 2, "dim": 64}}, "depth decides dim as well; give either"),
+    ({"model": {"head_dim": 64}}, "head_dim and width_per_layer say what a depth makes of a model; give depth as well"),
     ({"model": {"depth": 1.5}}, "depth=1.5 is not a whole number"),
     ({"model": {"depth": True}}, "depth=True is not"),
     ({"model": {"num_layer": 2}}, "has no field 'num_layer'; did you mean num_layers"),

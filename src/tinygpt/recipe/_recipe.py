@@ -34,8 +34,10 @@ _DECIDED = ("num_layers", "num_heads", "dim")
 
 def _from_depth(value: Any) -> Any:
     """Return the fields of a model section that names a depth."""
-    if not isinstance(value, dict) or "depth" not in value:
+    if not isinstance(value, dict) or not value.keys() & set(_FAMILY):
         return value
+    if "depth" not in value:
+        raise ConfigError("head_dim and width_per_layer say what a depth makes of a model; give depth as well.")
     section = dict(value)
     depth = section.pop("depth")
     if decided := [name for name in _DECIDED if name in section]:
