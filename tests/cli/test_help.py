@@ -96,6 +96,8 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["import", "absent", "out", "--step", "3"], "--step and --tokenizer are for checkpoints of nanochat"),
     (["import", "absent", "out", "--format", "nanochat"], "there is no folder absent"),
     (["import", "absent", "."], ". is there already; choose a new or empty folder"),
+    (["info", "a", "b"], "'b' is more than this command takes"),
+    (["train", "a.toml", "b.toml"], "'b.toml' is more than this command takes"),
     (["info", "absent"], "'absent' is neither an existing folder"),
     (["info", "."], ". is neither a run, a checkpoint, a model"),
     (["completion", "cmd"], "invalid choice: 'cmd'"),

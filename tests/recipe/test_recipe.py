@@ -225,6 +225,29 @@ def test_phases_have_their_own_data_batch_and_schedules(tmp_path: Path, books: P
     assert last_state(tmp_path / "recipe") == last_state(tmp_path / "hand")
 
 
+def test_what_is_held_out_of_the_text_is_held_out_of_a_phase_too(tmp_path: Path, books: Path) -> None:
+    more = tmp_path / "more.txt"
+    more.write_text("\n\n".join([*PARAGRAPHS, "something new"]), "utf-8", newline="\n")
+    data = {**TINY["data"], "train": str(books), "separator": "\n\n", "held_out": 0.3}
+    phases = [{"steps": 2}, {"steps": 4, "train": str(more)}]
+    run = tiny(num_steps=None, phases=phases, data=data).build(tmp_path / "run")
+    kept, _ = hash_split(open_source(more, separator="\n\n"), validation_fraction=0.3)
+    assert run.trainer.course.loaders[1].state_dict()["source_fingerprint"] == kept.fingerprint()
+    own, _ = hash_split(open_source(books, separator="\n\n"), validation_fraction=0.3)
+    assert run.trainer.loader.state_dict()["source_fingerprint"] == own.fingerprint()
+
+
+def test_a_run_goes_on_when_the_tokenizer_it_was_made_with_is_gone(tmp_path: Path) -> None:
+    ByteTokenizer().save(tmp_path / "tokenizer")
+    fit(tiny(tokenizer=str(tmp_path / "tokenizer")).build(tmp_path / "run"))
+    (tmp_path / "tokenizer").rename(tmp_path / "elsewhere")
+    saved = Recipe.load(tmp_path / "run")
+    assert saved.plan().num_steps == 6
+    assert saved.build(tmp_path / "run").trainer.resume() == []
+    with pytest.raises(DataError, match=r"tokenizer_config\.json"):
+        tiny(tokenizer=str(tmp_path / "tokenizer")).plan()
+
+
 def test_samples_and_evaluations_are_in_the_run_s_record(tmp_path: Path) -> None:
     samples = {"every": 3, "prompts": ["Call me", "x" * 29], "max_new_tokens": 4}
     fit(tiny(evaluate_every=2, samples=samples).build(tmp_path))

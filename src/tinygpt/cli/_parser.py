@@ -28,11 +28,14 @@ class Parser(argparse.ArgumentParser):
             args, overrides = self._split(args)
             found, unknown = super().parse_known_args(args, namespace)
             found.overrides = overrides
-            return found, unknown
-        found, unknown = super().parse_known_args(args, namespace)
+        else:
+            found, unknown = super().parse_known_args(args, namespace)
         if unknown:
-            hint = suggestion(unknown[0].partition("=")[0], self._option_string_actions)
-            self.error(f"{unknown[0]} is not an option of this command{hint}")
+            first = unknown[0]
+            if not first.startswith("-"):
+                self.error(f"{first!r} is more than this command takes")
+            hint = suggestion(first.partition("=")[0], self._option_string_actions)
+            self.error(f"{first} is not an option of this command{hint}")
         return found, unknown
 
     def _split(self, args: Sequence[str]) -> tuple[list[str], dict[str, str]]:

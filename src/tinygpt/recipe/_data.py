@@ -34,18 +34,19 @@ def open_text(path: str, data: DataRecipe) -> DocumentSource:
 
 
 def open_training(data: DataRecipe, train: str | None = None) -> tuple[Source, DocumentSource | None]:
-    """Return what to train on, and the documents split off it to measure on, if any are.
+    """Return what to train on, and the documents to measure on where the section leaves them to the training text.
 
     Args:
         data: The section.
-        train: Another path than the section's, of a phase.
+        train: Another path than the section's, of a phase. What is held out of the run's text is held out of it too.
 
     Raises:
         ConfigError: If a mixture has token shards.
         DataError: If a source cannot be opened.
     """
-    path = train or data.train or (None if data.mixture else EMBEDDED)
-    source: Source
+    own = data.train or (None if data.mixture else EMBEDDED)
+    path = train or own
+    source: DocumentSource
     if path is None:
         if shards := [each for each in data.mixture if is_shards(each)]:
             raise ConfigError(f"data.mixture mixes text, and {shards[0]} is a folder of token shards.")
@@ -54,9 +55,9 @@ def open_training(data: DataRecipe, train: str | None = None) -> tuple[Source, D
         return TokenShards(path), None
     else:
         source = open_text(path, data)
-    if data.validation is not None:
+    if data.validation is not None or (own is not None and is_shards(own)):
         return source, None
-    if path == EMBEDDED:
+    if own == EMBEDDED:
         return source, embedded_corpus("validation")
     return hash_split(source, validation_fraction=data.held_out)
 

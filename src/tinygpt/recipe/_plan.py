@@ -93,7 +93,9 @@ def plan_run(recipe: "Recipe", *, device_name: str | None, mfu: float) -> RunPla
     """Plan a recipe; see `Recipe.plan`."""
     if not 0 < mfu <= 1:
         raise ConfigError(f"mfu={mfu} is not a share; choose above 0 and up to 1.")
-    recipe = recipe.resolved(vocab_size(recipe.tokenizer, recipe.data))
+    # A run keeps its tokenizer: where it came from may be gone by then, and the model tells as much.
+    known_size = "vocab_size" in recipe.model.model_fields_set
+    recipe = recipe.resolved(recipe.model.vocab_size if known_size else vocab_size(recipe.tokenizer, recipe.data))
     device = resolve_device(recipe.device)
     known = device_name is not None
     if device_name is None and device.type == "cuda":
