@@ -26,7 +26,7 @@ from tinygpt.recipe import Recipe, RecipeRun, ScheduleRecipe, resolve_device
 from tinygpt.scaling import lr_factor
 from tinygpt.schedules import cosine, cosine_weight_decay, muon_momentum, warmup_stable_decay
 from tinygpt.tokenizer import ByteTokenizer, train_bpe
-from tinygpt.trainer import Phase
+from tinygpt.trainer import Phase, resolve_precision
 
 TINY: dict[str, Any] = {
     "model": {"depth": 1, "head_dim": 16, "width_per_layer": 16, "max_seq_len": 32},
@@ -335,6 +335,8 @@ def test_depth_on_a_gpu_follows_the_scaling_rules() -> None:
 
 def test_devices_that_are_not_there_are_refused() -> None:
     assert resolve_device("cpu") == torch.device("cpu")
+    assert resolve_precision("auto", torch.device("cpu")) == torch.float32
+    assert resolve_precision("bfloat16", torch.device("cpu")) == torch.bfloat16
     for name in ("abacus", "cuda:99"):
         with pytest.raises(ConfigError, match=f"device='{name}' cannot be used"):
             resolve_device(name)
