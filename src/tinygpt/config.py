@@ -21,7 +21,7 @@ class Config(BaseModel):
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
 
-    def __init__(self, *positional: Any, **fields: Any) -> None:
+    def __init__(self, /, *positional: Any, **fields: Any) -> None:
         if positional:
             first = next(iter(type(self).model_fields))
             raise ConfigError(f"name the fields of {type(self).__name__}, for example {first}={positional[0]!r}.")
