@@ -75,7 +75,7 @@ def test_own_text_and_a_separator_typed_in_a_shell(here: Path, recipe_file: Path
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for one child process")
 def test_stopped_by_ctrl_c_and_resumed_it_ends_bit_for_bit_the_same(here: Path, recipe_file: Path) -> None:
-    arguments = [str(recipe_file), "--num-steps", "150", "--seed", "3", "--quiet"]
+    arguments = [str(recipe_file), "--num-steps", "100", "--seed", "3", "--quiet"]
     process = subprocess.Popen(
         [sys.executable, "-m", "tinygpt", "train", *arguments, "--out", "stopped"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -89,10 +89,10 @@ def test_stopped_by_ctrl_c_and_resumed_it_ends_bit_for_bit_the_same(here: Path, 
     assert "to go on: tinygpt resume stopped" in errors
     assert "Traceback" not in errors
     done = len(read_metrics("stopped/metrics.jsonl"))
-    assert done < 150
+    assert done < 100
     assert run("resume", "stopped", "--quiet") == 0
     assert run("train", *arguments, "--out", "whole") == 0
-    assert everything(checkpoint(here / "stopped", 150)) == everything(checkpoint(here / "whole", 150))
+    assert everything(checkpoint(here / "stopped", 100)) == everything(checkpoint(here / "whole", 100))
 
 
 def test_a_longer_run_is_refused_with_its_ways_on_until_it_is_meant(

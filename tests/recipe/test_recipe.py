@@ -257,6 +257,16 @@ def test_samples_and_evaluations_are_in_the_run_s_record(tmp_path: Path) -> None
     assert [r["step"] for r in records if r["event"] == "evaluation"] == [1, 3, 5]
 
 
+def test_checkpoints_are_kept_as_the_recipe_says(tmp_path: Path) -> None:
+    kept = {"keep_last": 1, "keep_every": 3, "keep_best": 1}
+    fit(tiny(save_every=1, evaluate_every=1, num_steps=8, **kept).build(tmp_path))
+    found = {int(folder.name[-6:]) for folder in (tmp_path / "checkpoints").glob("step-*")}
+    assert {3, 6, 8} <= found
+    assert len(found) <= 4
+    with pytest.raises(ConfigError, match="keep_best has no effect with keep_last=None"):
+        tiny(keep_last=None, keep_best=1).build(tmp_path / "other")
+
+
 def test_a_prompt_without_room_is_refused_before_training(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"'xxx.*' takes 32 tokens with <.bos.>, and the model's context has 32"):
         tiny(samples={"every": 3, "prompts": ["fine", "x" * 31]}).build(tmp_path)

@@ -218,7 +218,6 @@ def optimizer_rules(recipe: "Recipe") -> list[Rule]:
 
 def trainer_config(recipe: "Recipe", out_dir: Path | None) -> TrainerConfig:
     """Return the settings of the loop."""
-    kept = {"keep_every": recipe.keep_every, "keep_best": recipe.keep_best}
     device = resolve_device(recipe.device)
     return TrainerConfig(
         num_steps=recipe.total_steps,
@@ -228,8 +227,9 @@ def trainer_config(recipe: "Recipe", out_dir: Path | None) -> TrainerConfig:
         out_dir=None if out_dir is None else str(out_dir),
         save_every=None if out_dir is None else recipe.save_every,
         keep_last=recipe.keep_last,
+        keep_every=recipe.keep_every,
+        keep_best=recipe.keep_best,
         compile=device.type == "cuda" if recipe.compile == "auto" else recipe.compile,
-        **{name: value for name, value in kept.items() if value is not None},
     )
 
 

@@ -20,6 +20,7 @@ from tinygpt.recipe._sections import (
     PushRecipe,
     SamplesRecipe,
     SchedulesRecipe,
+    TokenizerRecipe,
     TokenizerSection,
 )
 
@@ -111,7 +112,7 @@ class Recipe(Config):
     """
 
     model: Annotated[GPTConfig, BeforeValidator(_from_depth)] = GPTConfig()
-    tokenizer: TokenizerSection = Field(default={}, validate_default=True)
+    tokenizer: TokenizerSection = TokenizerRecipe()
     data: DataRecipe = DataRecipe()
     optimizer: OptimizerRecipe = OptimizerRecipe()
     schedules: SchedulesRecipe = SchedulesRecipe()
