@@ -67,7 +67,9 @@ def _readable(config: type[Config], error: ValidationError) -> str:
         elif item["type"] == "missing":
             lines.append(f"{config.__name__} needs {field}.")
         elif item["type"] == "value_error":
-            prefix = f"{field}={given!r}: " if field else ""
+            # A whole section is not shown again: what is wrong in it was named by the section itself.
+            shown = "" if isinstance(given, dict | list) else f"={given!r}"
+            prefix = f"{field}{shown}: " if field else ""
             lines.append(prefix + item["msg"].removeprefix("Value error, "))
         else:
             message = item["msg"][0].lower() + item["msg"][1:]
