@@ -60,8 +60,9 @@ def read(out: Path) -> dict[str, Any]:
 
 
 def summarize(runs: dict[str, list[dict[str, Any]]], phase_ends: dict[str, int]) -> list[dict[str, Any]]:
-    """Return for each recipe the mean and spread of the end, and the worst step up of its mean curve."""
+    """Return for each recipe the ends of its seeds, what each differs from one-horizon by, and its worst step up."""
     rows = []
+    baseline = [list(run["bpb"].values())[-1] for run in runs["one-horizon"]]
     for recipe, seeds in runs.items():
         curve = mean_curve(seeds)
         ends = [list(run["bpb"].values())[-1] for run in seeds]
@@ -74,6 +75,7 @@ def summarize(runs: dict[str, list[dict[str, Any]]], phase_ends: dict[str, int])
                 "final_bpb": ends,
                 "final_mean": statistics.fmean(ends),
                 "final_spread": statistics.stdev(ends) if len(ends) > 1 else math.nan,
+                "difference_same_seed": [end - base for end, base in zip(ends, baseline, strict=True)],
                 "largest_rise": max(rise, 0.0),
                 "bpb": curve,
             }
@@ -97,9 +99,10 @@ def draw(runs: dict[str, list[dict[str, Any]]], picture: Path) -> None:
         x = list(curve)
         low, high = ([pick(run["bpb"][step] for run in seeds) for step in x] for pick in (min, max))
         bpb.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
-        bpb.plot(x, list(curve.values()), color=color, marker="o", markersize=3, label=recipe)
+        style: dict[str, Any] = {"color": color, "label": recipe, "linestyle": "--" if recipe == "documented" else "-"}
+        bpb.plot(x, list(curve.values()), marker="o", markersize=3, **style)
         for axes, name in ((lr, "lr"), (decay, "weight_decay")):
-            axes.plot(list(seeds[0][name]), list(seeds[0][name].values()), color=color, label=recipe)
+            axes.plot(list(seeds[0][name]), list(seeds[0][name].values()), **style)
     late = [value for seeds in runs.values() for run in seeds for step, value in run["bpb"].items() if step >= x[1]]
     margin = 0.05 * (max(late) - min(late))
     bpb.set_ylim(min(late) - margin, max(late) + margin)
@@ -146,10 +149,10 @@ def main() -> None:
         sys.exit(f"the runs in {args.work} differ in validation set or tokens; give another --work.")
     rows = summarize(runs, phase_ends)
     for row in rows:
-        print(
-            f"{row['variant']:12} {row['final_mean']:.4f} +- {row['final_spread']:.4f} bits per byte; "
-            f"largest rise between two measurements {row['largest_rise']:.4f}"
-        )
+        differences = ", ".join(f"{difference:+.4f}" for difference in row["difference_same_seed"])
+        print(f"{row['variant']:12} {row['final_mean']:.4f} +- {row['final_spread']:.4f} bits per byte", end="; ")
+        print(f"against one-horizon with the same seed {differences}", end="; ")
+        print(f"largest rise between two measurements {row['largest_rise']:.4f}")
     args.out.mkdir(parents=True, exist_ok=True)
     draw(runs, args.out / "recipes.png")
     facts = {
