@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 
 import tinygpt
-from tinygpt.cli import _compare, _push, _report, _tokenize
+from tinygpt.cli import _chat, _compare, _push, _report, _serve, _tokenize
 from tinygpt.errors import TinyGPTError
 
 
@@ -22,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="tinygpt", description=about)
     parser.add_argument("--version", action="version", version=f"tinygpt {tinygpt.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (_tokenize, _report, _compare, _push):
+    for command in (_tokenize, _report, _compare, _push, _chat, _serve):
         command.add_command(commands)
     options = parser.parse_args(arguments)
     try:
