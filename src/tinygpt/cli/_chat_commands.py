@@ -47,10 +47,11 @@ def converse(session: Session, terminal: Terminal) -> None:
         if text.strip() in ("/quit", "/exit"):
             return
         try:
-            if text.startswith("/") and not text.startswith("//"):
+            if text.startswith("/") and not text.startswith("//") and "\n" not in text:
                 _obey(text, session, terminal)
             elif text or not session.chat:
-                _show(session, terminal, functools.partial(session.answer, text.removeprefix("/")))
+                said = text[1:] if text.startswith("//") else text
+                _show(session, terminal, functools.partial(session.answer, said))
         except (TinyGPTError, OSError) as error:
             terminal.note(f"error: {error}")
         except KeyboardInterrupt:
@@ -59,10 +60,10 @@ def converse(session: Session, terminal: Terminal) -> None:
 
 
 def _show(session: Session, terminal: Terminal, answer: Callable[[], Iterator[str]]) -> None:
-    forgotten = session.num_forgotten
+    forgot = session.num_forgotten > 0
     pieces = answer()
-    if session.num_forgotten > forgotten:
-        terminal.note(f"(the {session.num_forgotten} oldest messages no longer fit the model's context)")
+    if session.num_forgotten and not forgot:
+        terminal.note("(the oldest messages no longer fit the model's context; from now on it is not told of them)")
     try:
         for piece in pieces:
             terminal.show(piece)

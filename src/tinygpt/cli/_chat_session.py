@@ -70,7 +70,7 @@ class Session:
     def answer(self, text: str) -> Iterator[str]:
         """Yield the answer to a message, or what continues a text; an empty one continues the last.
 
-        What was yielded is kept, also if the caller stops early.
+        What was yielded is kept, also if the caller stops early; with nothing yielded it is as if nothing was asked.
 
         Raises:
             ConfigError: If the message is empty in a conversation, or there is no text to go on with.
@@ -169,13 +169,16 @@ class Session:
         pieces = [so_far]
 
         def written() -> Iterator[str]:
+            whole = False
             try:
                 for event in self._engine.run():
                     if event.text:
                         pieces.append(event.text)
                         yield event.text
+                whole = True
             finally:
                 self._engine.cancel(request_id)
-                self.messages += [question, Message("assistant", "".join(pieces))]
+                if whole or any(pieces):
+                    self.messages += [question, Message("assistant", "".join(pieces))]
 
         return written()

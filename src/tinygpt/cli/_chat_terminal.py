@@ -63,14 +63,21 @@ def _reader(history: str | None) -> Callable[[str], str]:
     try:
         from prompt_toolkit import PromptSession
         from prompt_toolkit.history import FileHistory, InMemoryHistory
+        from prompt_toolkit.key_binding import KeyBindings
     except ImportError:
         return _readline_reader(path)
     if path is not None:
         _private(path)
-    session: PromptSession[str] = PromptSession(history=InMemoryHistory() if path is None else FileHistory(str(path)))
+    keys = KeyBindings()
+    keys.add("escape", "enter")(lambda event: event.current_buffer.insert_text("\n"))
+    session: PromptSession[str] = PromptSession(
+        history=InMemoryHistory() if path is None else FileHistory(str(path)),
+        key_bindings=keys,
+        prompt_continuation=" " * len(_PROMPT),
+    )
 
     def read(prompt: str) -> str:
-        return session.prompt(prompt, prompt_continuation="  ", enable_open_in_editor=False)
+        return session.prompt(prompt)
 
     return read
 
