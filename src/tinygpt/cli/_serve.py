@@ -52,7 +52,7 @@ def _run(options: argparse.Namespace) -> None:
         grace_seconds=options.grace,
     )
     model, tokenizer, _ = load_source(options)
-    name = options.name or options.source.rstrip("/\\").replace("\\", "/").rpartition("/")[2]
+    name = options.name or options.source.rstrip("/\\").replace("\\", "/").rpartition("/")[2] or "tinygpt"
     if not config.is_local and config.api_key is None:
         _say(f"warning: everyone who reaches {config.host} can use this server; --api-key-env asks them for a key")
 

@@ -51,16 +51,17 @@ def build_app(served: Served, worker: Worker, config: ServerConfig) -> Starlette
                 allow_headers=["authorization", "content-type"],
             )
         )
-    if config.api_key is not None:
-        guards.append(Middleware(KeyGuard, key=config.api_key))
+    # At each route of the API and not by path, which changes where the application is mounted. Page and health stay
+    # open: the page asks for the key.
+    keyed = [] if config.api_key is None else [Middleware(KeyGuard, key=config.api_key)]
     return Starlette(
         routes=[
             Route("/", show_page),
             Route("/health", routes.health),
-            Route("/v1/models", routes.models),
-            Route("/v1/models/{name:path}", routes.model),
-            Route("/v1/completions", routes.completions, methods=["POST"]),
-            Route("/v1/chat/completions", routes.chat_completions, methods=["POST"]),
+            Route("/v1/models", routes.models, middleware=keyed),
+            Route("/v1/models/{name:path}", routes.model, middleware=keyed),
+            Route("/v1/completions", routes.completions, methods=["POST"], middleware=keyed),
+            Route("/v1/chat/completions", routes.chat_completions, methods=["POST"], middleware=keyed),
         ],
         middleware=guards,
         exception_handlers={RequestError: _refusal, HTTPException: _no_such_route, Exception: _failure},

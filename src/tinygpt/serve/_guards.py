@@ -38,7 +38,7 @@ class HostGuard:
 
 
 class KeyGuard:
-    """Refuses requests to the API without the key. Health and page are open: the page asks for the key.
+    """Refuses requests without the key.
 
     Args:
         app: What stands behind.
@@ -50,7 +50,7 @@ class KeyGuard:
         self._key = key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"].startswith("/v1"):
+        if scope["type"] == "http":
             scheme, _, given = Headers(scope=scope).get("authorization", "").partition(" ")
             right = hmac.compare_digest(given.strip().encode("utf-8", "replace"), self._key)
             if scheme.lower() != "bearer" or not right:

@@ -120,7 +120,7 @@ def _readable(error: ValidationError) -> RequestError:
     """Return the first fault; what was given is not repeated, as it may be long."""
     faults = error.errors(include_url=False, include_input=False)
     first = faults[0]
-    # Where several types are allowed pydantic names those it tried; to a client only its own fields and places say much.
+    # Where several types are allowed pydantic names those it tried; a client knows its own fields and places.
     place = ".".join(str(part) for part in first["loc"] if str(part).isidentifier() or isinstance(part, int))
     place = place.removesuffix(".str")
     if first["type"] == "extra_forbidden":

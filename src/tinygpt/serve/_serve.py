@@ -32,7 +32,9 @@ def create_app(
     chat: bool | None = None,
     **engine_options: Any,
 ) -> "Starlette":
-    """Return the server as an ASGI application, to run or to mount in a server of your own.
+    """Return the server as an ASGI application, to run with an ASGI server of your own.
+
+    Its lifespan starts and ends the thread of the engine, once.
 
     Args:
         model: The model.
