@@ -11,13 +11,12 @@ The author's run changed its horizon from 10,000 to 87,000 steps at a resume: in
     one-horizon   all steps planned from the start, so nothing jumps (the default)
     wsd           warm-up, constant rate, one decay at the end: to train longer, branch before the decay
     documented    what really ran; the jump is refused unless you say --accept schedule
-
 Each phase is trained by fresh objects that resume from the checkpoint of the one before, as after a reboot.
 """
 
 import argparse
 import sys
-from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -28,13 +27,13 @@ import torch
 from tinygpt import GPT, GPTConfig, Trainer, TrainerConfig
 from tinygpt.checkpoint import checkpoint_step, claim_run_folder, latest_checkpoint
 from tinygpt.data import BatchLoader, DocumentSource, Overflow, ValidationSet, embedded_corpus, open_source
-from tinygpt.errors import HubError, TinyGPTError
+from tinygpt.errors import TinyGPTError
 from tinygpt.evals import evaluate_bpb, unigram_bpb
 from tinygpt.generate import stream_text
-from tinygpt.hub import upload_folder
 from tinygpt.memory import training_memory
 from tinygpt.metrics import StepMetrics
 from tinygpt.optim import MuonAdamW, nanochat_rules, param_groups
+from tinygpt.publish import PushQueue
 from tinygpt.report import plot_run
 from tinygpt.scaling import lr_factor
 from tinygpt.schedules import Schedule, cosine_weight_decay, muon_momentum, warmup_stable_decay
@@ -96,7 +95,7 @@ def phases_of(recipe: str, scale: Scale, accept: list[str]) -> list[Phase]:
     if recipe == "wsd":
         decay = round(WSD_DECAY_FRACTION * total)
         whole = schedules(scale, total, WSD_DECAY_FRACTION)
-        # The weight decay of a run without an end known in advance: constant, and down with the learning rate.
+        # Constant as well, and down with the learning rate: the end of such a run is not known in advance.
         whole["muon.weight_decay"] = warmup_stable_decay(total, decay_steps=decay)
         return [Phase(total - decay, whole, name="stable"), Phase(decay, whole, name="decay")]
     return [Phase(first, whole), Phase(total - first, whole)]
@@ -115,21 +114,19 @@ def build(scale: Scale, device: str, seed: int, precision: torch.dtype) -> tuple
     """Make a new model and its optimizer; in bfloat16 the token tables are stored in it as well."""
     torch.manual_seed(seed)
     model = GPT.from_config(scale.model).to(device).set_compute_dtype(precision, embeddings=True)
-    decay = WEIGHT_DECAY * scale.lr_scale
-    rules = nanochat_rules(model_dim=scale.model.dim, batch_lr_scale=scale.lr_scale, weight_decay=decay)
+    factor, decay = scale.lr_scale, WEIGHT_DECAY * scale.lr_scale
+    rules = nanochat_rules(model_dim=scale.model.dim, batch_lr_scale=factor, weight_decay=decay)
     return model, MuonAdamW(param_groups(model, rules))
 
 
-def print_plan(scale: Scale, new_trainer: Callable[[str, list[Phase]], Trainer], phases: list[Phase]) -> None:
-    """Say what is going to happen before it does; the model is built without memory for its weights."""
-    trainer = new_trainer("meta", phases)
+def print_plan(scale: Scale, trainer: Trainer) -> None:
+    """Say what is going to happen before it does."""
     model: Any = trainer.model
     counts = model.num_parameters()
     roles = ", ".join(f"{role.replace('_', ' ')} {count:,}" for role, count in counts._asdict().items())
     memory = training_memory(model, trainer.optimizer, rows=scale.rows, seq_len=scale.model.max_seq_len)
-    parts = ", ".join(f"{part} {size / 2**20:,.0f}" for part, size in memory._asdict().items())
     print(f"model of {counts.total:,} parameters: {roles}")
-    print(f"memory about {memory.total / 2**20:,.0f} MiB, an estimate: {parts}\n{trainer.plan()}\n", flush=True)
+    print(f"memory about {memory.total / 2**20:,.0f} MiB, an estimate\n{trainer.plan()}\n", flush=True)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -143,7 +140,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--validation", type=Path, help="text to measure on; needed with --data")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default here: %(default)s")
     add("--seed", type=int, default=0, help="repeats a run exactly (default: 0)")
-    add("--push-to-hub", metavar="USER/REPO", help="upload each checkpoint's model and tokenizer there")
+    add("--push-to-hub", metavar="USER/REPO", help="push each checkpoint's model, tokenizer and card there")
     args = parser.parse_args()
     if (args.data is None) != (args.validation is None) or (args.scale == "full" and args.data is None):
         parser.error("--data and --validation go together, and --scale full needs both.")
@@ -153,29 +150,21 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_arguments()
-    scale, out = SCALES[args.scale], args.out
-    seq_len = scale.model.max_seq_len
+    scale, out, seq_len = SCALES[args.scale], args.out, SCALES[args.scale].model.max_seq_len
     phases = phases_of(args.recipe, scale, args.accept)
     train = open_source(args.data) if args.data else embedded_corpus("train")
-    held_out = open_source(args.validation) if args.validation else embedded_corpus("validation")
-    run = {"scale": args.scale, "recipe": args.recipe, "seed": args.seed, "data": train.fingerprint()}
-    claim_run_folder(out, run)  # another run's folder is refused
+    held_out = open_source(args.validation) if args.data else embedded_corpus("validation")
+    # Another run's folder is refused.
+    claim_run_folder(out, {"scale": args.scale, "recipe": args.recipe, "seed": args.seed, "data": train.fingerprint()})
     tokenizer = read_tokenizer(out / "tokenizer", train, scale.model.vocab_size)
-    validation = ValidationSet.from_source(
-        held_out, tokenizer, rows=scale.rows, seq_len=seq_len, max_tokens=scale.validation_tokens
-    )
+    most = scale.validation_tokens
+    validation = ValidationSet.from_source(held_out, tokenizer, rows=scale.rows, seq_len=seq_len, max_tokens=most)
+    queue = PushQueue(args.push_to_hub, folder=out) if args.push_to_hub else None
 
     def evaluate(trainer: Trainer, step: StepMetrics) -> None:
         report = evaluate_bpb(trainer.model, validation)
-        trainer.record("evaluation", bpb=report.bpb, data_hash=report.data_hash)
+        trainer.record("evaluation", bpb=report.bpb, loss=report.loss, data_hash=report.data_hash)
         print(f"\nstep {step.index + 1:,}: validation {report}", flush=True)
-
-    def push(checkpoint: Path) -> None:
-        files = ["model.safetensors", "config.json", "tokenizer*"]
-        try:
-            upload_folder(checkpoint, args.push_to_hub, commit_message=checkpoint.name, allow_patterns=files)
-        except HubError as error:  # a run of days does not end because of a network
-            print(f"\nnot uploaded: {error}", file=sys.stderr, flush=True)
 
     def new_trainer(device: str, phases: list[Phase]) -> Trainer:
         precision = torch.bfloat16 if args.device == "cuda" else torch.float32
@@ -183,14 +172,14 @@ def main() -> None:
         loader = BatchLoader(train, tokenizer, rows=scale.rows, seq_len=seq_len, overflow=scale.overflow)
         config = TrainerConfig(num_steps=sum(phase.steps for phase in phases), batch_tokens=scale.batch_tokens,
                                out_dir=str(out), save_every=scale.interval, compile=device == "cuda")  # fmt: skip
-        return Trainer(model, optimizer, loader, config, phases=phases, validation=validation,
-                       on_save=push if args.push_to_hub else None)  # fmt: skip
+        return Trainer(model, optimizer, loader, config, phases=phases, validation=validation, on_save=queue)
 
-    print_plan(scale, new_trainer, phases)
-    for count in range(1, len(phases) + 1):
-        saved = latest_checkpoint(out / "checkpoints")
-        if saved is None or checkpoint_step(saved) < sum(phase.steps for phase in phases[:count]):
-            new_trainer(args.device, phases[:count]).fit([every(scale.interval, evaluate)], resume="auto")
+    print_plan(scale, new_trainer("meta", phases))  # without memory for its weights
+    with queue or nullcontext():
+        for count in range(1, len(phases) + 1):
+            saved = latest_checkpoint(out / "checkpoints")
+            if saved is None or checkpoint_step(saved) < sum(phase.steps for phase in phases[:count]):
+                new_trainer(args.device, phases[:count]).fit([every(scale.interval, evaluate)], resume="auto")
 
     newest = latest_checkpoint(out / "checkpoints") or out
     model = GPT.from_pretrained(newest, device=args.device)
@@ -198,10 +187,9 @@ def main() -> None:
     baseline = unigram_bpb(sample, validation)
     print(f"\n{newest} loaded again: {evaluate_bpb(model, validation)}")
     print(f"token frequencies alone: {baseline:.4f} bits per byte\n\n{PROMPT}", end="")
-    for piece in stream_text(model, tokenizer, PROMPT, max_new_tokens=scale.sample_tokens, temperature=0.8, seed=0):
-        print(piece, end="", flush=True)
+    print(*stream_text(model, tokenizer, PROMPT, max_new_tokens=scale.sample_tokens, temperature=0.8, seed=0), sep="")
     picture = plot_run(out / "metrics.jsonl", out / "curve.png", title=f"{out.name}", unigram_bpb=baseline)
-    print(f"\n\nthe run in a picture: {picture}\nthe model: GPT.from_pretrained({str(newest)!r})")
+    print(f"\nthe run in a picture: {picture}\nthe model: GPT.from_pretrained({str(newest)!r})")
 
 
 if __name__ == "__main__":

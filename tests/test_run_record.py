@@ -35,7 +35,7 @@ def record_of(trainer: Trainer) -> dict[str, Any]:
         optimizer=trainer.optimizer,
         loader=trainer.loader,
         settings=trainer.config.model_dump(),
-        schedules=trainer.rates.schedules,
+        schedules=trainer.phases[0].schedules,
         precision=trainer.precision,
         version=tinygpt.__version__,
         next_step=trainer.next_step,
@@ -96,12 +96,12 @@ def test_parts_that_tell_nothing_leave_none() -> None:
     assert record["data"]["fingerprint"] is None
 
 
-def test_a_recorded_run_is_reported_with_its_model_optimizer_and_schedules(trainer: Trainer) -> None:
-    trainer.record("run", **record_of(trainer))
+def test_a_run_is_reported_with_its_model_optimizer_and_schedules(trainer: Trainer) -> None:
     list(trainer)
     out_dir = trainer.config.out_dir
     assert out_dir is not None
-    assert [line["event"] for line in read_metrics(Path(out_dir) / "metrics.jsonl")] == ["run", *["step"] * 4]
+    events = [line["event"] for line in read_metrics(Path(out_dir) / "metrics.jsonl")]
+    assert events == ["run", *["step"] * 4, "save"]
     files = write_report(out_dir, pictures=False)
     assert files.summary["status"] == "complete"
     markdown = files.markdown.read_text("utf-8")

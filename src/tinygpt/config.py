@@ -21,7 +21,7 @@ class Config(BaseModel):
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
 
-    def __init__(self, *positional: Any, **fields: Any) -> None:
+    def __init__(self, /, *positional: Any, **fields: Any) -> None:
         if positional:
             first = next(iter(type(self).model_fields))
             raise ConfigError(f"name the fields of {type(self).__name__}, for example {first}={positional[0]!r}.")
@@ -67,7 +67,9 @@ def _readable(config: type[Config], error: ValidationError) -> str:
         elif item["type"] == "missing":
             lines.append(f"{config.__name__} needs {field}.")
         elif item["type"] == "value_error":
-            prefix = f"{field}={given!r}: " if field else ""
+            # A whole section is not shown again: what is wrong in it was named by the section itself.
+            shown = "" if isinstance(given, dict | list) else f"={given!r}"
+            prefix = f"{field}{shown}: " if field else ""
             lines.append(prefix + item["msg"].removeprefix("Value error, "))
         else:
             message = item["msg"][0].lower() + item["msg"][1:]

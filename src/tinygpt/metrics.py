@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from typing import Any, Self
 import torch
 
 from tinygpt import hardware
-from tinygpt.errors import DataError
+from tinygpt.errors import CheckpointError, DataError
 
 
 @dataclass(frozen=True)
@@ -96,11 +97,23 @@ class MetricsFile:
         temporary.replace(self.path)
 
     def write(self, event: str, step: int, **fields: Any) -> None:
-        """Append one line; numbers that are not finite become null."""
+        """Append one line; numbers that are not finite become null, what JSON does not know text.
+
+        Raises:
+            CheckpointError: If it cannot be written; half a line is taken back.
+        """
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in fields.items()}
-        line = json.dumps({"event": event, "step": step, "time": round(time.time(), 3), **clean})
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        line = json.dumps({"event": event, "step": step, "time": round(time.time(), 3), **clean}, default=str)
+        try:
+            size = self.path.stat().st_size if self.path.exists() else 0
+            try:
+                with self.path.open("a", encoding="utf-8") as file:
+                    file.write(line + "\n")
+            except OSError:
+                os.truncate(self.path, size)  # the next line must not continue this one
+                raise
+        except OSError as error:
+            raise CheckpointError(f"{self.path} cannot be written: {error}.") from error
 
     def write_step(self, metrics: StepMetrics) -> None:
         """Append a finished step."""

@@ -13,6 +13,8 @@ ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted(path for path in (ROOT / "benchmarks").glob("*.py") if not path.name.startswith("_"))
 # What each file measures beside the time; a script may write more than one file.
 FILES = {
+    "ablation": {"ablation": {"bpb", "mean_bpb", "spread_bpb", "change_bpb", "parameters"}},
+    "checkpoint": {"checkpoint": {"bytes", "share_of_torch"}},
     "corpus_size": {"corpus_size": {"peak_mib", "cost_against_smallest"}},
     "decode": {
         "decode": {"tokens_per_second", "first_token_seconds"},

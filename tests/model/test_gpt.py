@@ -359,3 +359,46 @@ def test_weights_of_a_strange_dtype_are_refused(tmp_path: Path) -> None:
 def test_a_batch_without_rows_is_refused() -> None:
     with pytest.raises(ConfigError, match="batch without rows"):
         tiny_model()(torch.zeros(0, 4, dtype=torch.int64))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_layers": 10**9}, "num_layers=1000000000"),
+        ({"vocab_size": 10**12}, "vocab_size=1000000000000"),
+        ({"vocab_size": 2**24, "dim": 2**20}, r"does not fit the model|cannot be built"),
+        ({"self": 1}, "has no field 'self'"),
+        ({"blocks": 3}, "does not describe 4 blocks"),
+        ({"blocks": ["Block()"] * 10}, "does not describe 4 blocks"),
+        ({"window_pattern": "L" * 2**26}, "more than 33,554,432 are not read"),
+        ({"num_layers": 1000}, "does not describe 1000 blocks"),
+    ],
+    ids=str,
+)
+def test_a_config_that_asks_for_too_much_is_refused_before_memory_is_taken(
+    tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    tiny_model().save_pretrained(tmp_path)
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), **change}))
+    with pytest.raises(CheckpointError, match=message):
+        GPT.from_pretrained(tmp_path)
+
+
+def test_tables_that_no_file_bounds_are_bounded(tmp_path: Path) -> None:
+    config = GPTConfig(vocab_size=64, max_seq_len=8, num_layers=1, num_heads=1, dim=64)
+    GPT.from_config(config).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "max_seq_len": 2**24}))
+    with pytest.raises(CheckpointError, match=r"tables larger than any model's of its size: .*\(16777216, "):
+        GPT.from_pretrained(tmp_path)
+
+
+def test_a_header_that_declares_more_than_there_is_is_refused(tmp_path: Path) -> None:
+    tiny_model().save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    content = weights.read_bytes()
+    for size in (2**63, len(content), 0):
+        weights.write_bytes(size.to_bytes(8, "little") + content[8:])
+        with pytest.raises(CheckpointError, match=f"declares a header of {size:,}"):
+            GPT.from_pretrained(tmp_path)

@@ -58,18 +58,15 @@ def test_the_example_pushes_each_checkpoint_and_goes_on_without_a_hub(tmp_path: 
         assert done.returncode == 0, done.stderr
         assert "loaded again" in done.stdout
         if broken:
-            assert done.stderr.count("not uploaded:") == 3
-            return
+            assert "checkpoints are not pushed yet" in done.stderr
+            hub.heal()
+            done = run(hub, tmp_path, "-m", "tinygpt", "push", "run")
+            assert done.returncode == 0, done.stderr
         repo = hub.repos["user/tiny"]
-        assert len(repo.commits) >= 3
+        assert {"step-4", "step-8", "step-12"} <= set(repo.tags)
         files = repo.commits[repo.branches["main"]]
         local = tmp_path / "run" / "checkpoints" / "step-000012"
-        assert {name for name in files if name != ".gitattributes"} == {
-            "config.json",
-            "model.safetensors",
-            "tokenizer.tiktoken",
-            "tokenizer_config.json",
-        }
+        assert {"README.md", "config.json", "model.safetensors", "tokenizer_config.json"} <= set(files)
         assert files["model.safetensors"] == (local / "model.safetensors").read_bytes()
 
 

@@ -52,7 +52,7 @@ def test_a_failure_is_one_line_that_says_what_to_do(hub: HubServer, queued: Path
     line = [sys.executable, "-W", "error", "-m", "tinygpt", "push", str(queued), "--pending"]
     environment = client_environment(hub, tmp_path, token=None)
     done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("error: ")
     assert "there is no access token" in done.stderr
     assert "Traceback" not in done.stderr
@@ -81,7 +81,7 @@ def test_what_is_queued_can_be_looked_at(queued: Path, run: Path, capsys: pytest
 
 
 def test_a_newer_push_does_not_overtake_queued_ones(queued: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["push", str(queued), "user/tiny"]) == 1
+    assert main(["push", str(queued), "user/tiny"]) == 2
     assert f"run `tinygpt push {queued}` first" in capsys.readouterr().err
 
 
@@ -117,5 +117,5 @@ def test_options_that_do_not_go_together_are_usage_errors(
 def test_wrong_values_are_errors_in_one_line(
     run: Path, arguments: list[str], text: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["push", *(str(run) if word == "RUN" else word for word in arguments)]) == 1
+    assert main(["push", *(str(run) if word == "RUN" else word for word in arguments)]) == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith(text)

@@ -10,6 +10,7 @@ import pytest
 
 from hub_client import HubClient, start_client
 from hub_server import HubServer
+from tinygpt.checkpoint import list_checkpoints
 from tinygpt.errors import ConfigError, HubError
 from tinygpt.publish import PushQueue, finish_pushes, pending_pushes
 from tinygpt.publish._pending import lock
@@ -108,7 +109,7 @@ def test_a_hub_that_refuses_stops_nothing_and_what_is_left_is_finished_later(
     reports = [line for line in done["lines"] if "access denied (HTTP 401)" in line]
     assert [line[:30] for line in reports] == ["a checkpoint is not pushed yet", "3 checkpoints are not pushed y"]
     assert reports[-1].endswith(f"`tinygpt push {tmp_path / 'tiny'}` finishes them.")
-    assert len(list((tmp_path / "tiny" / "checkpoints").iterdir())) == 1  # the others are gone, their pushes not
+    assert len(list_checkpoints(tmp_path / "tiny" / "checkpoints")) == 1  # the others are gone, their pushes not
     pending = pending_pushes(tmp_path / "tiny")
     assert [push.step for push in pending] == [2, 4, 6]
     assert "access denied" in str(pending[0].error)

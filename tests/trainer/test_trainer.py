@@ -265,7 +265,7 @@ def test_old_checkpoints_go_and_each_new_one_is_announced(tmp_path: Path) -> Non
     )
     list(trainer)
     assert saved == [f"step-00000{n}" for n in range(1, 6)]
-    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-000004", "step-000005"]
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["latest", "step-000004", "step-000005"]
 
 
 def test_bfloat16_where_it_is_slow_is_done_with_a_warning() -> None:

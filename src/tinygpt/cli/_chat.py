@@ -13,7 +13,7 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         help="talk with a model",
         description="Talk with a model that was trained on conversations. Any other model continues what you type. "
         "/help shows what can be typed; Ctrl-C stops an answer, Ctrl-D leaves.",
-        epilog="example: tinygpt chat runs/first --temperature 0.8; or once: tinygpt chat runs/first -p 'Call me'",
+        epilog="example: tinygpt chat runs/first --temperature 0.8",
     )
     add_source_options(parser)
     add = parser.add_argument

@@ -1,12 +1,57 @@
-"""The parser that all commands hang on."""
+"""The parser that all commands hang on, and what happens around every command."""
 
 import argparse
+import contextlib
+import logging
+import os
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 
 import tinygpt
-from tinygpt.cli import _chat, _compare, _push, _report, _serve, _tokenize
+from tinygpt.cli import (
+    _chat,
+    _compare,
+    _completion,
+    _eval,
+    _export,
+    _generate,
+    _import,
+    _info,
+    _plan,
+    _push,
+    _report,
+    _resume,
+    _serve,
+    _tokenize,
+    _tokenizer,
+    _train,
+)
+from tinygpt.cli._parser import Parser, suggestion
 from tinygpt.errors import TinyGPTError
+
+# In the order of --help. Each module imports argparse at most; a command imports what it needs when it runs.
+_COMMANDS = (
+    _train,
+    _resume,
+    _plan,
+    _tokenizer,
+    _tokenize,
+    _eval,
+    _generate,
+    _chat,
+    _serve,
+    _report,
+    _compare,
+    _export,
+    _import,
+    _push,
+    _info,
+    _completion,
+)
+
+_INTERRUPTED = 130
+_BROKEN_PIPE = 141  # as shells report SIGPIPE
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -16,21 +61,77 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: What stands behind `tinygpt`; None takes it from the command line.
 
     Returns:
-        The exit status: 0, or 2 after an error, which is printed in one line, or 130 if the user stopped it.
+        The exit status: 0; 2 after an error, which is printed; 130 if the user stopped it; 141 if nobody reads what it
+        prints.
+
+    Raises:
+        SystemExit: From the parser, and from training that was interrupted, with such a status as well.
     """
-    about = "Prepare data for training, report on runs, publish them. Everything else is used from Python."
-    parser = argparse.ArgumentParser(prog="tinygpt", description=about)
-    parser.add_argument("--version", action="version", version=f"tinygpt {tinygpt.__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (_tokenize, _report, _compare, _push, _chat, _serve):
-        command.add_command(commands)
-    options = parser.parse_args(arguments)
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        options.run(options)
-    except TinyGPTError as error:
+        parser, commands = build_parser()
+        command = next((argument for argument in arguments if not argument.startswith("-")), None)
+        if command is not None and command not in commands:
+            parser.error(f"there is no command {command!r}{suggestion(command, commands)}")
+        options = parser.parse_args(arguments)
+        with _messages():
+            options.run(options)
+            sys.stdout.flush()
+    except (TinyGPTError, OSError) as error:
+        if isinstance(error, BrokenPipeError):
+            return _leave_pipe()
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped; run the same command again to go on", file=sys.stderr)
-        return 130
+        return _INTERRUPTED
     return 0
+
+
+def build_parser() -> tuple[Parser, list[str]]:
+    """Return the parser and the names of its commands."""
+    about = "Train small GPTs, look at what they learn, write text with them, and hand them on."
+    parser = Parser(
+        prog="tinygpt",
+        description=about,
+        epilog="First steps: tinygpt train --depth 4 --out runs/first; then tinygpt generate runs/first -p 'The '",
+    )
+    parser.add_argument("--version", action="version", version=f"tinygpt {tinygpt.__version__}")
+    commands: argparse._SubParsersAction[argparse.ArgumentParser] = parser.add_subparsers(  # type: ignore[assignment]
+        title="commands", metavar="COMMAND", required=True
+    )
+    for command in _COMMANDS:
+        command.add_command(commands)
+    return parser, list(commands.choices)
+
+
+@contextlib.contextmanager
+def _messages() -> Iterator[None]:
+    """Show what the library logs and warns of as plain lines on standard error."""
+    logger, handler = logging.getLogger("tinygpt"), _MessageHandler()
+    before, plain = logger.level, warnings.formatwarning
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
+        warnings.formatwarning = plain
+
+
+class _MessageHandler(logging.Handler):
+    """Writes to the standard error of the moment, over a progress bar that stands there."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        over = "\r\x1b[K" if sys.stderr.isatty() else ""
+        sys.stderr.write(f"{over}{record.getMessage()}\n")
+        sys.stderr.flush()
+
+
+def _leave_pipe() -> int:
+    """Keep Python from complaining at its end that standard output is gone."""
+    with contextlib.suppress(OSError, ValueError):  # standard output may be no file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return _BROKEN_PIPE

@@ -14,7 +14,7 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         help="serve a model with OpenAI's API and a chat page",
         description="Serve a model to programs, with OpenAI's API under /v1, and to people, with a page to chat. "
         "Ctrl-C stops it. Only this machine reaches it unless --host says otherwise.",
-        epilog="example: tinygpt serve runs/first --port 8000, then open http://127.0.0.1:8000",
+        epilog="example: tinygpt serve runs/first --port 8000",
     )
     add_source_options(parser)
     add = parser.add_argument

@@ -4,6 +4,8 @@ import argparse
 import sys
 from typing import TYPE_CHECKING, TextIO
 
+from tinygpt.cli._parser import unescaped
+
 if TYPE_CHECKING:
     from tinygpt.data import TokenizeProgress
 
@@ -17,6 +19,7 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         help="turn text into memory-mapped token shards",
         description="Turn text into token shards, which train without tokenizing again. Killed at any moment, the "
         "same command goes on where it was; finished shards are not made again.",
+        epilog="example: tinygpt tokenize books/ shards/train --tokenizer my-tokenizer",
     )
     parser.add_argument(
         "source", metavar="SOURCE", help="what tinygpt.data.open_source opens: a file, a folder, hf://datasets/..."
@@ -41,9 +44,7 @@ def _run(options: argparse.Namespace) -> None:
     from tinygpt.data import open_source, tokenize_documents
     from tinygpt.tokenizer import load_tokenizer
 
-    separator = options.separator
-    for escape, character in ((r"\n", "\n"), (r"\r", "\r"), (r"\t", "\t")):
-        separator = separator and separator.replace(escape, character)
+    separator = None if options.separator is None else unescaped(options.separator)
     source = open_source(options.source, text_key=options.text_key, separator=separator, on_error=options.on_error)
     bar = None if options.quiet else _ProgressBar(sys.stderr)
     sizes = {} if options.shard_tokens is None else {"shard_tokens": options.shard_tokens}

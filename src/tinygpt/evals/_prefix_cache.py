@@ -14,6 +14,7 @@ class _PrefixLayer(LayerCache):
     def __init__(self, max_seq_len: int) -> None:
         # No buffers of a fixed size, as the base class makes: a prefix is written once and has its own length.
         self.max_seq_len = max_seq_len
+        self.window_tokens = None
         self.length = 0
         self._prefix: tuple[Tensor, Tensor] | None = None
 

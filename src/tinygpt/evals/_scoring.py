@@ -138,7 +138,7 @@ def _compare(chunks: Iterable[Tensor], targets: Tensor) -> tuple[Tensor, Tensor]
         picked = logits.float().log_softmax(dim=-1).gather(1, part[:, None])[:, 0]
         nats.append(-picked)
         greedy.append(logits.argmax(dim=-1) == part)
-    costs = torch.cat(nats).double().cpu()
+    costs = torch.cat(nats).cpu().double()
     if bool(costs.isnan().any()):
         raise NonFiniteError("the model's logits are not finite: its weights are damaged or diverged.")
     return costs, torch.cat(greedy).cpu()

@@ -11,7 +11,7 @@ from tinygpt.errors import ConfigError, NonFiniteError
 from tinygpt.generate._config import GenerationConfig
 from tinygpt.generate._readers import CachedReader, Reader, UncachedReader
 from tinygpt.generate._requests import Request, Row, TokenEvent, TokenLogprobs, check_length, check_prompt, slid
-from tinygpt.generate._sampling import choose, log_probabilities
+from tinygpt.generate._sampling import choose, log_probabilities, where_float64_is
 from tinygpt.generate._text import TextStream
 from tinygpt.generate._weights import Weights, needs_no_compiler, reading_copy
 from tinygpt.model import GPT
@@ -199,7 +199,7 @@ class Engine:
         if not request.config.max_new_tokens:
             return [row.event(finish_reason="length") for row in rows]
         first = len(self._rows)
-        logits = self._reader.prefill(first, self._fitting(request.prompt, rows[0]))
+        logits = where_float64_is(self._reader.prefill(first, self._fitting(request.prompt, rows[0])))
         for slot in range(first + 1, first + len(rows)):
             self._reader.copy(first, slot)
         self._rows += rows
@@ -219,7 +219,7 @@ class Engine:
         for slot, row in enumerate(self._rows):
             if self._reader.length(slot) == self.max_seq_len:
                 self._reader.prefill(slot, self._fitting(row.tokens, row)[:-1])
-        return self._draw(self._reader.decode([row.tokens[-1] for row in self._rows]), 0)
+        return self._draw(where_float64_is(self._reader.decode([row.tokens[-1] for row in self._rows])), 0)
 
     def _fitting(self, tokens: list[int], row: Row) -> list[int]:
         return tokens if len(tokens) <= self.max_seq_len else slid(tokens, row.remaining, self.max_seq_len)

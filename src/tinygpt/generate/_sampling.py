@@ -27,7 +27,8 @@ def sample_token(
         top_k: Most tokens to keep.
         top_p: Probability to keep.
         min_p: Share of the best token's probability to reach.
-        generator: Source of randomness on the device of `logits`; `None` for torch's global one.
+        generator: Source of randomness on the device of `logits` (of the CPU for an Apple GPU); `None` for torch's
+            global one.
 
     Returns:
         `(batch,)` int64.
@@ -42,8 +43,14 @@ def sample_token(
     config = GenerationConfig(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     if config.greedy:
         return logits.argmax(dim=-1)
+    device, logits = logits.device, where_float64_is(logits)
     draws = torch.rand(len(logits), dtype=torch.float64, device=logits.device, generator=generator)
-    return choose(logits, config, draws)
+    return choose(logits, config, draws).to(device)
+
+
+def where_float64_is(logits: Tensor) -> Tensor:
+    """Return logits on a device that has float64, in which probabilities are summed: Apple GPUs do not."""
+    return logits.cpu() if logits.device.type == "mps" else logits
 
 
 def choose(logits: Tensor, config: GenerationConfig, draws: Tensor, seen: Tensor | None = None) -> Tensor:

@@ -4,7 +4,16 @@ from tinygpt.model._config import GPTConfig as GPTConfig
 from tinygpt.model._counts import ParameterCounts as ParameterCounts
 from tinygpt.model._files import describe_blocks as describe_blocks
 from tinygpt.model._files import independent_tensors as independent_tensors
+from tinygpt.model._files import write_model as write_model
 from tinygpt.model._gpt import GPT as GPT
 from tinygpt.model._parts import PartFactory as PartFactory
 
-__all__ = ["GPT", "GPTConfig", "ParameterCounts", "PartFactory", "describe_blocks", "independent_tensors"]
+__all__ = [
+    "GPT",
+    "GPTConfig",
+    "ParameterCounts",
+    "PartFactory",
+    "describe_blocks",
+    "independent_tensors",
+    "write_model",
+]

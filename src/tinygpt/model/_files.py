@@ -11,17 +11,25 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tinygpt.errors import CheckpointError, ConfigError
-from tinygpt.manifest import MANIFEST_FILE, check_manifest, read_json
+from tinygpt.manifest import MANIFEST_FILE, check_manifest, check_tensor_file, read_json
 from tinygpt.model._config import GPTConfig
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 _FORMAT_VERSION = 1
 _DTYPES = ("F32", "BF16", "F16", "F64")
+# Tables that are computed and not saved, such as the rotary ones, are bounded by no file: a config could ask for any.
+_MAX_TABLE_BYTES = 2**30
 
 
 def write_model(folder: Path, config: GPTConfig, blocks: list[str], weights: dict[str, Tensor]) -> None:
-    """Write both files; an existing one is replaced only when the new one is whole.
+    """Write `config.json` and `model.safetensors`; an existing one is replaced only when the new one is whole.
+
+    Args:
+        folder: Where.
+        config: The model's config.
+        blocks: What `describe_blocks` said of the model's blocks.
+        weights: By name; a copy if the model is trained meanwhile.
 
     Raises:
         CheckpointError: If they cannot be written.
@@ -96,7 +104,9 @@ def check_blocks(folder: Path, blocks: list[str]) -> None:
         CheckpointError: If a block was saved with other parts.
     """
     saved = read_json(folder / CONFIG_FILE).get("blocks", blocks)
-    for layer, (was, now) in enumerate(zip(saved, blocks, strict=False)):
+    if not isinstance(saved, list) or len(saved) != len(blocks):
+        raise CheckpointError(f"{folder / CONFIG_FILE} is damaged: it does not describe {len(blocks)} blocks.")
+    for layer, (was, now) in enumerate(zip(saved, blocks, strict=True)):
         if was != now:
             raise CheckpointError(
                 f"{folder} was saved with block {layer} = {was}, and this model has {now}. "
@@ -115,6 +125,10 @@ def load_weights(model: nn.Module, path: Path, device: torch.device | str, dtype
         # Elsewhere weights on the CPU stay mapped from the file until they are touched. Windows could not replace a
         # mapped file, as saving into the same folder does.
         weights = {name: tensor.clone() for name, tensor in weights.items()}
+    tables = {name: b for name, b in model.named_buffers() if name not in weights}
+    if sum(b.numel() * b.element_size() for b in tables.values()) > _MAX_TABLE_BYTES + path.stat().st_size:
+        shapes = ", ".join(f"{name} {tuple(b.shape)}" for name, b in tables.items())
+        raise CheckpointError(f"{path.parent} describes tables larger than any model's of its size: {shapes}.")
     # Tables that are not saved, such as those of the rotary embedding, are computed again.
     for prefix, module in model.named_modules():
         names = [f"{prefix}.{name}".lstrip(".") for name, _ in module.named_buffers(recurse=False)]
@@ -128,6 +142,7 @@ def load_weights(model: nn.Module, path: Path, device: torch.device | str, dtype
 
 def read_weights(path: Path, expected: dict[str, torch.Size]) -> dict[str, Tensor]:
     """Read a safetensors file after its header proved to hold exactly the expected names and shapes."""
+    check_tensor_file(path)
     try:
         with safe_open(path, framework="pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118

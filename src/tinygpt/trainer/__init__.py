@@ -6,7 +6,18 @@ from tinygpt.trainer._config import TrainerConfig as TrainerConfig
 from tinygpt.trainer._hooks import Hook as Hook
 from tinygpt.trainer._hooks import every as every
 from tinygpt.trainer._phases import Phase as Phase
+from tinygpt.trainer._precision import resolve_precision as resolve_precision
 from tinygpt.trainer._signals import Interrupted as Interrupted
 from tinygpt.trainer._trainer import Trainer as Trainer
 
-__all__ = ["Change", "Hook", "Interrupted", "Phase", "Trainer", "TrainerConfig", "every", "format_changes"]
+__all__ = [
+    "Change",
+    "Hook",
+    "Interrupted",
+    "Phase",
+    "Trainer",
+    "TrainerConfig",
+    "every",
+    "format_changes",
+    "resolve_precision",
+]

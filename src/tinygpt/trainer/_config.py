@@ -1,9 +1,9 @@
 """The settings of a training run that are saved with it."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from tinygpt.config import Config
 
@@ -23,7 +23,12 @@ class TrainerConfig(Config):
         out_dir: Folder for `metrics.jsonl` and `checkpoints/`; `None` writes nothing.
         save_every: Save a checkpoint whenever the number of finished steps is a multiple of this, and at the end;
             `None` saves at the end alone. Needs `out_dir`.
+        save_in_background: Copy the state into memory and write it while training goes on; the copy is kept as long
+            as the trainer. The last save, and the one on a signal, is waited for.
         keep_last: How many checkpoints to keep, the newest; `None` for all.
+        keep_every: Keep those as well whose step is a multiple of this.
+        keep_best: Keep as many with the lowest `bpb` as well, of those that `trainer.record("evaluation", bpb=...,
+            data_hash=...)` was called for at their step. Only scores on the data measured last are compared.
         compile: Compile each block with `torch.compile` at its first use.
 
     Raises:
@@ -36,5 +41,15 @@ class TrainerConfig(Config):
     grad_clip: Annotated[float, Field(gt=0)] | None = None
     out_dir: str | Path | None = None
     save_every: Positive | None = None
+    save_in_background: bool = True
     keep_last: Positive | None = 3
+    keep_every: Positive | None = None
+    keep_best: Positive | None = None
     compile: bool = False
+
+    @model_validator(mode="after")
+    def _something_goes(self) -> Self:
+        for name in ("keep_every", "keep_best"):
+            if self.keep_last is None and getattr(self, name) is not None:
+                raise ValueError(f"{name} has no effect with keep_last=None, which keeps every checkpoint.")
+        return self

@@ -9,7 +9,12 @@ from tinygpt.errors import ConfigError
 
 
 def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
-    """Return the dtype that `precision` means on a device."""
+    """Return the dtype of activations and products that a setting means on a device.
+
+    Args:
+        precision: `"float32"`, `"bfloat16"`, or `"auto"` for bfloat16 where products of it are fast.
+        device: The device.
+    """
     if precision != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[precision]
     return torch.bfloat16 if multiplies_bfloat16_fast(device) else torch.float32

@@ -35,6 +35,8 @@ def progress_bar(trainer: "Trainer", *, enabled: bool) -> Iterator[Callable[[Ste
             parts = [f"loss {step.loss:.3f}", f"lr {step.lr:.2e}", f"{step.tokens_per_second:,.0f} tok/s"]
             if step.mfu is not None:
                 parts.append(f"mfu {step.mfu:.0%}")
+            if trainer.stall_seconds:
+                parts.append(f"saving {trainer.stall_seconds:.1f} s")
             bar.set_postfix_str(", ".join(parts), refresh=False)
             bar.update()
 

@@ -5,14 +5,22 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from tinygpt.checkpoint import latest_checkpoint, list_checkpoints, load_state, verify
+from tinygpt.checkpoint import (
+    latest_checkpoint,
+    list_checkpoints,
+    load_state,
+    load_tensors,
+    mark_latest,
+    set_aside,
+    verify,
+)
 from tinygpt.errors import CheckpointError, ConfigError, TinyGPTError
 from tinygpt.trainer._changes import Change, checked_accept, format_changes, unaccepted
 from tinygpt.trainer._random import restore_random_state
 from tinygpt.trainer._resumption import Resumption
+from tinygpt.trainer._saving import checked_evaluation
 from tinygpt.trainer._state import WEIGHTS_FILE, plain_module
 from tinygpt.trainer._ways import ways_on
 
@@ -20,6 +28,9 @@ if TYPE_CHECKING:
     from tinygpt.trainer._trainer import Trainer
 
 logger = logging.getLogger("tinygpt")
+
+# What a state that was edited or belongs to another run makes the code below raise.
+_DAMAGE = (TinyGPTError, TypeError, ValueError, AttributeError, ArithmeticError, LookupError, RuntimeError)
 
 
 def resume_as_asked(
@@ -53,7 +64,8 @@ def newest_whole(parent: Path | None) -> Path | None:
     if folder is None:
         return None
     for damaged in found[found.index(folder) + 1 :]:
-        damaged.rename(damaged.with_name(f"damaged-{damaged.name}"))
+        set_aside(damaged)
+    mark_latest(folder)
     return folder
 
 
@@ -61,7 +73,8 @@ def refuse_going_back(folder: Path, own: Path | None) -> None:
     """Refuse an earlier checkpoint of the run's own folder, whose later ones belong to another course of the run."""
     if own is None or folder.parent.resolve() != own.resolve():
         return
-    later = [path for path in list_checkpoints(own) if path.name > folder.name]
+    found = list_checkpoints(own)
+    later = found[found.index(own / folder.name) + 1 :] if own / folder.name in found else []
     if later:
         raise CheckpointError(
             f"{own} goes on after {folder.name}, up to {later[-1].name}: "
@@ -69,12 +82,14 @@ def refuse_going_back(folder: Path, own: Path | None) -> None:
         )
 
 
-def load(trainer: "Trainer", folder: Path, accept: set[str], rewarm_steps: int | None) -> list[Change]:
+def load(
+    trainer: "Trainer", folder: Path, accept: set[str], rewarm_steps: int | None, *, verified: bool
+) -> list[Change]:
     """Compare, refuse what was not accepted, then load loaders, optimizer, weights and random state, all or nothing."""
-    state = load_state(folder)
-    if WEIGHTS_FILE not in verify(folder):
+    if WEIGHTS_FILE not in verify(folder, hashes=not verified):
         raise CheckpointError(f"{folder} holds no {WEIGHTS_FILE}.")
-    weights = load_file(folder / WEIGHTS_FILE)
+    state = load_state(folder, verified=True)
+    weights = load_tensors(folder / WEIGHTS_FILE)
     loaders = {id(each): each for each in trainer.course.loaders if hasattr(each, "state_dict")}.values()
     before = [(each, each.state_dict()) for each in loaders]
     rewarm_before = trainer.rates.rewarm
@@ -83,6 +98,7 @@ def load(trainer: "Trainer", folder: Path, accept: set[str], rewarm_steps: int |
         if was != now:
             raise CheckpointError(f"{folder} was saved with {was}, and this run has {now}: build the same optimizer.")
         progress = (int(state["next_step"]), int(state["tokens"]), float(state["elapsed_seconds"]))
+        evaluations = [e for given in state.get("evaluations", []) if (e := checked_evaluation(given["step"], given))]
         resumption = Resumption(trainer, state)
         changes = [*resumption.compare_rates(rewarm_steps), *resumption.compare_rest()]
         if resumption.begins_phase:
@@ -99,12 +115,11 @@ def load(trainer: "Trainer", folder: Path, accept: set[str], rewarm_steps: int |
         trainer.rates.rewarm = rewarm_before
         for each, position in before:
             each.load_state_dict(position)  # as if nothing had been tried
-        if isinstance(error, CheckpointError | ConfigError) or not isinstance(
-            error, TinyGPTError | KeyError | TypeError | ValueError | AttributeError | RuntimeError
-        ):
+        if isinstance(error, CheckpointError | ConfigError) or not isinstance(error, _DAMAGE):
             raise
         raise CheckpointError(f"{folder} does not fit this run: {error}") from None
     trainer.set_progress(*progress)
+    trainer.evaluations = evaluations
     trainer.measured_on.go_on_from(state.get("identity", {}).get("validation set"), may_change="data" in accept)
     if changes:
         logger.warning("going on from %s at step %d, with changes:\n%s", folder, progress[0], format_changes(changes))

@@ -1,6 +1,7 @@
 """Gathering the state of a run into a checkpoint."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,9 +10,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 import tinygpt
-from tinygpt.checkpoint import save_state
+from tinygpt.checkpoint import SnapshotMemory, StateSnapshot, save_state, take_apart
 from tinygpt.config import Config
-from tinygpt.model import GPT, describe_blocks, independent_tensors
+from tinygpt.errors import NonFiniteError
+from tinygpt.losses import LossFunction
+from tinygpt.model import GPT, describe_blocks, independent_tensors, write_model
 from tinygpt.schedules import Schedule
 from tinygpt.trainer._identity import run_state
 from tinygpt.trainer._random import random_state
@@ -22,8 +25,21 @@ if TYPE_CHECKING:
 WEIGHTS_FILE = "model.safetensors"
 
 
-def save(trainer: "Trainer", folder: Path) -> Path:
-    """Write everything that decides what the run does next."""
+def capture(trainer: "Trainer", memory: SnapshotMemory | None) -> Callable[[Path], Path]:
+    """Return a function that writes everything that decides what the run does next into the folder it is given.
+
+    Args:
+        trainer: Between two steps.
+        memory: Where to copy all tensors, so that the function may be called while training goes on; `None` to call
+            it before the next step.
+
+    Raises:
+        MemoryError: If there is no memory for the copy.
+        NonFiniteError: If a weight is not finite: such a checkpoint could only mislead.
+    """
+    with torch.no_grad():
+        if not math.isfinite(torch.nn.utils.get_total_norm(list(trainer.model.parameters()))):
+            raise NonFiniteError(f"weights are not finite after step {trainer.next_step - 1}, so they are not saved.")
     model = plain_module(trainer.model)
     state = {
         "next_step": trainer.next_step,
@@ -37,19 +53,29 @@ def save(trainer: "Trainer", folder: Path) -> Path:
         "optimizer_class": type(trainer.optimizer).__name__,
         "optimizer": trainer.optimizer.state_dict(),
         "random": random_state(),
+        "evaluations": trainer.evaluations,
         **run_state(trainer),
     }
+    snapshot, weights = take_apart(state), model.state_dict()
+    if memory is not None:
+        # One call, so that it is known at once whether all of it fits; a weight and a moment may have the same name.
+        parts = {"state": snapshot.tensors, "weights": weights}
+        copies = memory.copy({f"{part}/{name}": parts[part][name] for part in parts for name in parts[part]})
+        snapshot = StateSnapshot(snapshot.document, {name: copies[f"state/{name}"] for name in snapshot.tensors})
+        weights = {name: copies[f"weights/{name}"] for name in weights}
+    blocks = describe_blocks(model.blocks) if isinstance(model, GPT) else []
 
     def write_files(folder: Path) -> None:
         if isinstance(model, GPT) and model.config is not None:
-            model.save_pretrained(folder)
+            # Blocks that torch.compile wrapped one by one are saved under the names of the blocks.
+            named = {name.replace("._orig_mod", ""): tensor for name, tensor in weights.items()}
+            write_model(folder, model.config, blocks, named)
         else:
-            weights = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
             save_file(independent_tensors(weights), folder / WEIGHTS_FILE)
         if trainer.tokenizer is not None:
             trainer.tokenizer.save(folder)
 
-    return save_state(folder, state, write_files=write_files)
+    return lambda folder: save_state(folder, snapshot, write_files=write_files)
 
 
 def loader_state(trainer: "Trainer") -> dict[str, Any] | None:
@@ -67,7 +93,7 @@ def settings(trainer: "Trainer", step: int | None = None) -> dict[str, Any]:
         "tokens of a step": tokens and tokens * getattr(course.loaders[phase], "world_size", 1),
         "grad_clip": config.grad_clip,
         "precision": str(trainer.precision),
-        "loss": getattr(trainer.loss_fn, "__name__", type(trainer.loss_fn).__name__),
+        "loss": loss_name(trainer.loss_fn),
         **describe_schedules(trainer.rates.schedules_at(step)),
     }
 
@@ -98,3 +124,8 @@ def model_config(model: nn.Module) -> dict[str, Any]:
 def plain_module(model: nn.Module) -> nn.Module:
     """Return the module inside what torch.compile wrapped, whose parameters have their own names."""
     return getattr(model, "_orig_mod", model)
+
+
+def loss_name(loss_fn: LossFunction) -> str:
+    """Return what to call a loss function."""
+    return str(getattr(loss_fn, "__name__", type(loss_fn).__name__))

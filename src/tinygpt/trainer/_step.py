@@ -1,7 +1,7 @@
 """One optimizer step: micro-batches in, changed weights out."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,7 +33,7 @@ def train_step(
     index: int,
     batch_tokens: int | None,
     grad_clip: float | None,
-    last_saved: Path | None,
+    last_saved: Callable[[], Path | None],
 ) -> StepResult:
     """Add up the gradients of one step's micro-batches, check them, and let the optimizer change the weights.
 
@@ -45,7 +45,7 @@ def train_step(
         index: Number of the step, for messages.
         batch_tokens: Tokens of a step; `None` for one micro-batch.
         grad_clip: Largest norm of the gradient.
-        last_saved: The last good checkpoint, for messages.
+        last_saved: Returns the last good checkpoint, for messages.
 
     Raises:
         ConfigError: If batches do not make up `batch_tokens`, or `loss_fn` returns something else.
@@ -86,7 +86,7 @@ def train_step(
         what = f"the loss is not finite in {where}" if where else f"losses are finite, the gradient norm is {grad_norm}"
         raise NonFiniteError(
             f"step {index}: {what}. The weights were not changed. Last good checkpoint: "
-            f"{last_saved or 'none was saved'}. Lower the learning rate, set grad_clip, or look at those rows."
+            f"{last_saved() or 'none was saved'}. Lower the learning rate, set grad_clip, or look at those rows."
         )
     factor = expected / count
     if grad_clip is not None and grad_norm > grad_clip:

@@ -1,16 +1,14 @@
 """The training loop."""
 
 import contextlib
-import math
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from tinygpt.checkpoint import checkpoint_folder, list_checkpoints, remove_old_checkpoints
+from tinygpt.checkpoint import RunLock, checkpoint_folder, mark_latest
 from tinygpt.data import Batch, ValidationSet
 from tinygpt.errors import ConfigError, NonFiniteError
 from tinygpt.losses import LossFunction, next_token_loss
@@ -23,14 +21,16 @@ from tinygpt.trainer._config import TrainerConfig
 from tinygpt.trainer._hooks import Hook
 from tinygpt.trainer._identity import MeasuredOn
 from tinygpt.trainer._meter import Meter
+from tinygpt.trainer._output import open_output
 from tinygpt.trainer._phases import Course, Phase
 from tinygpt.trainer._plan import check_boundaries, describe_plan, enter_phase
 from tinygpt.trainer._precision import set_precision
 from tinygpt.trainer._progress import progress_bar
 from tinygpt.trainer._rates import Rates
 from tinygpt.trainer._resume import load, newest_whole, refuse_going_back, resume_as_asked
+from tinygpt.trainer._saving import Save, Saver, checked_evaluation, close_at_exit, tidier
 from tinygpt.trainer._signals import interruption, report_stop, stop_on_signal
-from tinygpt.trainer._state import save
+from tinygpt.trainer._state import capture
 from tinygpt.trainer._step import train_step
 
 
@@ -54,7 +54,12 @@ class Trainer:
         validation: What the run is measured on. Only its hash is kept: going on with another set is refused.
         loss_fn: Called as `loss_fn(model, batch)`; returns a sum and a count.
         tokenizer: Saved into checkpoints, so that `from_pretrained` users can encode; `None` takes the loader's.
-        on_save: Called with the folder of each checkpoint once it is written, to publish it for example.
+        on_save: Called with the folder of each checkpoint once it is complete on disk, to publish it for example; by
+            the thread that trains, between two steps.
+
+    Attributes:
+        evaluations: What `record("evaluation", bpb=...)` was given, by step; saved and resumed.
+        protected_steps: Checkpoints of these steps are never deleted; add to it at will.
 
     Raises:
         ConfigError: If settings do not fit together, or rates jump between two phases.
@@ -95,7 +100,7 @@ class Trainer:
         self.optimizer = optimizer
         self.course = Course(phases, loader, config.batch_tokens)
         self.measured_on = MeasuredOn(validation)
-        self.protected_steps = set(self.course.boundaries)
+        self.protected_steps: set[int] = set(self.course.boundaries)
         self.config = config
         self.loss_fn = loss_fn
         self.tokenizer = tokenizer or getattr(loader, "tokenizer", None)
@@ -112,6 +117,11 @@ class Trainer:
         self._meter = Meter(model, self.device, self.precision)
         self._metrics_file: MetricsFile | None = None
         self._last_saved: Path | None = None
+        self.evaluations: list[dict[str, Any]] = []
+        self._saver = Saver(self._report_save)
+        self._lock: contextlib.AbstractContextManager[object] = (
+            contextlib.nullcontext() if config.out_dir is None else RunLock(config.out_dir)
+        )
 
     @property
     def phases(self) -> tuple[Phase, ...]:
@@ -138,6 +148,11 @@ class Trainer:
         return self._meter.watch.elapsed
 
     @property
+    def stall_seconds(self) -> float:
+        """How long training stood still for checkpoints since this trainer was made."""
+        return self._saver.stall_seconds
+
+    @property
     def checkpoint_dir(self) -> Path | None:
         """Folder of the checkpoints, inside `out_dir`."""
         return None if self.config.out_dir is None else Path(self.config.out_dir) / "checkpoints"
@@ -146,31 +161,46 @@ class Trainer:
         """Train from `next_step` to the end and yield after each step.
 
         Raises:
-            ConfigError: If `out_dir` holds another run's checkpoints, or batches do not make up `batch_tokens`.
+            ConfigError: If `out_dir` holds another run's checkpoints or cannot be written, or batches do not make up
+                `batch_tokens`.
             DataError: If the loader ends or a step has no target.
             NonFiniteError: If a loss or gradient is not finite; weights and optimizer are as before that step.
-            CheckpointError: If a checkpoint cannot be written.
+            CheckpointError: If a checkpoint cannot be written; one written in the background is reported between two
+                later steps. What was saved before stays, and the loop can be entered again. Also if another process
+                uses `out_dir`.
             Interrupted: After SIGINT or SIGTERM, once the state is saved; at an interactive prompt a KeyboardInterrupt.
         """
-        return self._run()
+        steps = self._run()
+        close_at_exit(steps)
+        return steps
 
     def _run(self) -> Generator[StepMetrics, None, None]:
-        output = self._open_output()
-        with stop_on_signal() as request:
-            while self.next_step < self.config.num_steps:
-                if self.next_step in self.course.boundaries:
-                    enter_phase(self, output)
-                step = self._train_step()
-                if output is not None:
-                    output.write_step(step)
-                try:
-                    yield step
-                finally:  # also when the caller leaves the loop, or an evaluation in it fails
-                    self._save_if_due(stopping=request.signal_number is not None)
+        with self._lock, stop_on_signal() as request:
+            output = self._open_output()
+            try:
+                while self.next_step < self.config.num_steps:
+                    self._saver.poll()
+                    if self.next_step in self.course.boundaries:
+                        enter_phase(self, output)
+                    step = self._train_step()
+                    if output is not None:
+                        output.write_step(step)
+                    left = True
+                    try:
+                        yield step
+                        left = False
+                    finally:  # also when the caller leaves the loop, or an evaluation in it fails
+                        self._save_if_due(stopping=request.signal_number is not None, left=left)
+                        if request.signal_number is not None:
+                            report_stop(self, self._last_saved)
                     if request.signal_number is not None:
-                        report_stop(self, self._last_saved)
-                if request.signal_number is not None:
-                    raise interruption(request.signal_number)
+                        raise interruption(request.signal_number)
+            except BaseException as error:
+                self._saver.settle()
+                if isinstance(error, NonFiniteError) and output is not None:
+                    output.write("stop", self.next_step, reason=str(error))
+                raise
+            self._saver.wait()
 
     def fit(
         self,
@@ -209,19 +239,25 @@ class Trainer:
         return step
 
     def record(self, event: str, **fields: Any) -> None:
-        """Write a line of your own, such as an evaluation, to `metrics.jsonl` under the last finished step.
+        """Write a line of your own to `metrics.jsonl` under the last finished step.
+
+        The `bpb` and `data_hash` of an `"evaluation"` are kept in checkpoints as well: `keep_best` ranks by them.
 
         Raises:
-            CheckpointError: If the event is `"evaluation"`, and its `data_hash` is not that of the evaluations before:
-                a run never mixes two validation sets unseen.
+            ConfigError: If an evaluation's `bpb` is not a number, or `out_dir` cannot be written.
+            CheckpointError: If another process uses `out_dir`; or if the `data_hash` of an evaluation is not that of
+                the evaluations before: a run never mixes two validation sets unseen.
         """
         if event == "evaluation":
             self.measured_on.check(fields.get("data_hash"))
-        if output := self._open_output():
-            output.write(event, self.next_step - 1, **fields)
+            if evaluation := checked_evaluation(self.next_step, fields):
+                self.evaluations = [e for e in self.evaluations if e["step"] != self.next_step] + [evaluation]
+        with self._lock:
+            if output := self._open_output():
+                output.write(event, self.next_step - 1, **fields)
 
     def save_state(self, folder: str | Path | None = None) -> Path:
-        """Write a checkpoint of everything that a bit-for-bit continuation needs.
+        """Write a checkpoint of everything that a bit-for-bit continuation needs, and return when it is complete.
 
         Args:
             folder: Where; `None` for `checkpoints/step-NNNNNN` in `out_dir`.
@@ -231,20 +267,27 @@ class Trainer:
 
         Raises:
             ConfigError: If there is neither a folder nor an `out_dir`.
-            CheckpointError: If it cannot be written.
+            CheckpointError: If it cannot be written, or another process uses `out_dir`.
             NonFiniteError: If a weight is not finite: such a checkpoint could only mislead.
         """
         if folder is None:
             if self.checkpoint_dir is None:
                 raise ConfigError("save_state needs a folder, or a TrainerConfig with out_dir.")
             folder = checkpoint_folder(self.checkpoint_dir, self.next_step)
-        with torch.no_grad():
-            if not math.isfinite(torch.nn.utils.get_total_norm(list(self.model.parameters()))):
-                raise NonFiniteError(f"weights are not finite after step {self.next_step - 1}, so they are not saved.")
-        self._last_saved = save(self, Path(folder))
+        folder = Path(folder)
+        with self._lock:
+            self._save(folder, tidy=lambda: mark_latest(folder) if folder.parent == self.checkpoint_dir else None)
+        return folder
+
+    def _save(self, folder: Path, **options: Any) -> None:
+        self._saver.save(folder, self.next_step, lambda memory: capture(self, memory), **options)
+
+    def _report_save(self, save: Save) -> None:
+        self._last_saved = save.folder
+        if self._metrics_file is not None:
+            self._metrics_file.write("save", save.step - 1, **save.record())
         if self.on_save is not None:
-            self.on_save(self._last_saved)
-        return self._last_saved
+            self.on_save(save.folder)
 
     def load_state(
         self, folder: str | Path, *, accept: Collection[str] | str = (), rewarm_steps: int | None = None
@@ -270,13 +313,16 @@ class Trainer:
                 names the ways to go on.
             ConfigError: If a topic is not known, or `rewarm_steps` is not positive or longer than the rest of the run.
         """
-        folder = Path(folder)
+        return self._load(Path(folder), checked_accept(accept), rewarm_steps, verified=False)
+
+    def _load(self, folder: Path, accept: set[str], rewarm_steps: int | None, *, verified: bool) -> list[Change]:
         refuse_going_back(folder, self.checkpoint_dir)
-        changes = load(self, folder, checked_accept(accept), rewarm_steps)
-        self._last_saved = folder
-        self._metrics_file = None
-        if output := self._open_output():
-            output.write("resume", self.next_step - 1, checkpoint=str(folder), changes=as_rows(changes))
+        with self._lock:
+            changes = load(self, folder, accept, rewarm_steps, verified=verified)
+            self._last_saved = folder
+            self._metrics_file = None
+            if output := self._open_output():
+                output.write("resume", self.next_step - 1, checkpoint=str(folder), changes=as_rows(changes))
         return changes
 
     def resume(self, *, accept: Collection[str] | str = (), rewarm_steps: int | None = None) -> list[Change] | None:
@@ -288,8 +334,12 @@ class Trainer:
             CheckpointError: As in `load_state`, or if there are checkpoints and none is whole.
             ConfigError: If the `TrainerConfig` has no `out_dir`.
         """
-        folder = newest_whole(self.checkpoint_dir)
-        return None if folder is None else self.load_state(folder, accept=accept, rewarm_steps=rewarm_steps)
+        accept = checked_accept(accept)
+        if self.checkpoint_dir is not None and not self.checkpoint_dir.exists():
+            return None
+        with self._lock:
+            folder = newest_whole(self.checkpoint_dir)
+            return None if folder is None else self._load(folder, accept, rewarm_steps, verified=True)
 
     def set_progress(self, next_step: int, tokens: int, elapsed_seconds: float) -> None:
         """Set where the run stands; `load_state` does so, and nobody else needs to."""
@@ -313,14 +363,18 @@ class Trainer:
             index=self.next_step,
             batch_tokens=self.course.batch_tokens[self.course.index_at(self.next_step)],
             grad_clip=self.config.grad_clip,
-            last_saved=self._last_saved,
+            last_saved=self._last_good,
         )
         self.tokens += result.tokens
         self.next_step += 1
         epoch = getattr(loader, "epoch", None)
         return self._meter.measure(self.next_step - 1, result, lead, tokens=self.tokens, epoch=epoch)
 
-    def _save_if_due(self, *, stopping: bool) -> None:
+    def _last_good(self) -> Path | None:
+        self._saver.settle()
+        return self._last_saved
+
+    def _save_if_due(self, *, stopping: bool, left: bool) -> None:
         if self.config.out_dir is None or self.checkpoint_dir is None:
             return
         every = self.config.save_every
@@ -328,25 +382,12 @@ class Trainer:
         due = due or self.next_step in self.course.boundaries
         there = checkpoint_folder(self.checkpoint_dir, self.next_step)
         if (due or stopping) and self._last_saved != there:
-            self.save_state()
-            if self.config.keep_last is not None:
-                remove_old_checkpoints(
-                    self.checkpoint_dir,
-                    keep_last=self.config.keep_last,
-                    keep=there,
-                    protect=self.protected_steps,
-                )
+            # The last one is waited for in any case: a copy would only cost, and a program that ends starts no thread.
+            last = stopping or left or self.next_step == self.config.num_steps
+            tidy = tidier(there, self.config, self.evaluations, self.protected_steps)
+            self._save(there, tidy=tidy, background=self.config.save_in_background and not last, left=left)
 
     def _open_output(self) -> MetricsFile | None:
-        if self.config.out_dir is None or self._metrics_file is not None:
-            return self._metrics_file
-        if self.next_step == 0 and self.checkpoint_dir is not None and (found := list_checkpoints(self.checkpoint_dir)):
-            raise ConfigError(
-                f"{self.config.out_dir} already holds a run, saved up to {found[-1].name}: "
-                "continue it with trainer.resume(), or choose another out_dir."
-            )
-        try:
-            self._metrics_file = MetricsFile(Path(self.config.out_dir) / "metrics.jsonl", next_step=self.next_step)
-        except OSError as error:
-            raise ConfigError(f"out_dir={str(self.config.out_dir)!r} cannot be written: {error}.") from None
+        if self._metrics_file is None and self.config.out_dir is not None:
+            self._metrics_file = open_output(self, self.config.out_dir)
         return self._metrics_file

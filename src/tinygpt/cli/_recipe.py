@@ -1,0 +1,122 @@
+"""What `train`, `plan` and `resume` have in common: a recipe from a file or a depth, with values laid over it."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tinygpt.cli._parser import unescaped
+
+if TYPE_CHECKING:
+    from tinygpt.recipe import Recipe
+
+FIELDS = (
+    "Every field of a recipe is an option as well: --batch-tokens 4096, --model.num-layers 6, --data.train corpus.txt, "
+    "--phases.0.steps 100. A value is read as TOML; none switches off. "
+    "`tinygpt plan --depth 4 --show-recipe` prints them all."
+)
+
+
+def add_recipe_options(parser: argparse.ArgumentParser) -> None:
+    """Add the two ways to name a recipe."""
+    parser.add_argument("recipe", metavar="RECIPE", nargs="?", help="recipe file (.toml, .json or .py), or a run")
+    parser.add_argument(
+        "--depth", type=int, metavar="N", help="instead of a recipe: so many layers, the rest for this device"
+    )
+    parser.add_argument(
+        "--tokens-per-parameter",
+        type=float,
+        default=12.0,
+        metavar="X",
+        help="with --depth on a GPU: length of the training (default: 12)",
+    )
+
+
+def recipe_of(options: argparse.Namespace) -> "Recipe":
+    """Return the recipe that the options name.
+
+    Raises:
+        ConfigError: If they name none or two, or a field is wrong.
+    """
+    import torch
+
+    from tinygpt.errors import ConfigError
+    from tinygpt.recipe import Recipe
+
+    if (options.recipe is None) == (options.depth is None):
+        raise ConfigError("give either a recipe file or --depth N, such as --depth 4.")
+    if options.recipe is not None:
+        return Recipe.load(options.recipe, overrides=overrides_of(options))
+    asked = {name.replace("-", "_"): value for name, value in options.overrides.items()}
+    device = asked.get("device", "auto")
+    there = torch.cuda.is_available() if device == "auto" else device.startswith("cuda")
+    small = not (there or getattr(options, "gpu", None))
+    # What the others are scaled to.
+    sizes = {name: int(asked[name]) for name in ("batch_tokens", "num_steps") if asked.get(name, "").isdecimal()}
+    base = Recipe.from_depth(options.depth, small=small, tokens_per_parameter=options.tokens_per_parameter, **sizes)
+    return Recipe.from_fields(base.model_dump(exclude_unset=True), overrides=overrides_of(options))
+
+
+def overrides_of(options: argparse.Namespace) -> dict[str, str]:
+    """Return the values to lay over a recipe; shells have no newline, so a separator may be typed as an escape."""
+    return {name: unescaped(value) if name == "data.separator" else value for name, value in options.overrides.items()}
+
+
+def add_resume_options(parser: argparse.ArgumentParser) -> None:
+    """Add how to go on from a checkpoint."""
+    parser.add_argument(
+        "--accept",
+        action="append",
+        default=[],
+        choices=["data", "model", "schedule"],
+        help="go on although this differs from the checkpoint; may be repeated",
+    )
+    parser.add_argument(
+        "--rewarm-steps", type=int, metavar="N", help="instead of a jump: take N steps from the old rates to the new"
+    )
+    parser.add_argument("--quiet", action="store_true", help="show no progress bar")
+
+
+def train(recipe: "Recipe", out: Path, options: argparse.Namespace) -> None:
+    """Print the plan and train, from the newest checkpoint on if there is one."""
+    from tinygpt.checkpoint import latest_checkpoint
+    from tinygpt.errors import CheckpointError
+    from tinygpt.trainer import Interrupted
+
+    print(recipe.plan(), flush=True)
+    run = recipe.build(out)
+    try:
+        last = run.fit(accept=options.accept, rewarm_steps=options.rewarm_steps, progress=not options.quiet)
+    except Interrupted:
+        print(f"to go on: tinygpt resume {out}", file=sys.stderr)
+        raise
+    except CheckpointError as error:
+        if "accept=[" in str(error):
+            raise CheckpointError(
+                f"{error}\nOn the command line: --accept TOPIC for each topic, or --rewarm-steps N."
+            ) from None
+        raise
+    if last is None:
+        print(f"{out}: all {recipe.total_steps:,} steps are done")
+    else:
+        print(f"{out}: {last.index + 1:,} steps, loss {last.loss:.4f}, {last.tokens:,} tokens")
+    print(f"checkpoint {latest_checkpoint(out / 'checkpoints')}; next: tinygpt generate {out} -p 'The '")
+
+
+def out_of_memory(run: Callable[[argparse.Namespace], None]) -> Callable[[argparse.Namespace], Any]:
+    """Let a command that runs out of a GPU's memory say what to do about it."""
+
+    def guarded(options: argparse.Namespace) -> None:
+        try:
+            run(options)
+        except RuntimeError as error:
+            if type(error).__name__ != "OutOfMemoryError":
+                raise
+            from tinygpt.errors import ConfigError
+
+            raise ConfigError(
+                "the GPU has too little memory for this; lower --data.rows, to half for example."
+            ) from None
+
+    return guarded

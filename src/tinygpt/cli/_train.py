@@ -1,0 +1,29 @@
+"""`tinygpt train`: a run from a recipe."""
+
+import argparse
+from pathlib import Path
+
+from tinygpt.cli._recipe import FIELDS, add_recipe_options, add_resume_options, out_of_memory, recipe_of, train
+
+
+def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the command to the parser of `tinygpt`."""
+    parser = commands.add_parser(
+        "train",
+        overrides=True,
+        help="train a model from a recipe or a depth",
+        description="Train what a recipe names, or a model of so many layers on the book that comes with tinygpt. The "
+        "plan is printed first. Stopped at any moment, by Ctrl-C or a crash, the same command goes on where it was. "
+        + FIELDS,
+        epilog="example: tinygpt train --depth 4 --data.train corpus.txt --num-steps 500 --out runs/first",
+    )
+    add_recipe_options(parser)
+    parser.add_argument("--out", metavar="RUN", help="folder of the run (default: runs/ and the recipe's name)")
+    add_resume_options(parser)
+    parser.set_defaults(run=out_of_memory(_run))
+
+
+def _run(options: argparse.Namespace) -> None:
+    recipe = recipe_of(options)
+    name = f"d{options.depth}" if options.recipe is None else Path(options.recipe).stem
+    train(recipe, Path(options.out or Path("runs") / name), options)

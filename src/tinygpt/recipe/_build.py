@@ -1,0 +1,305 @@
+"""From a recipe to a trainer and what happens along the way."""
+
+import logging
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from tinygpt.checkpoint import claim_run_folder
+from tinygpt.data import DocumentSource, ValidationSet
+from tinygpt.errors import ConfigError, MissingDependencyError, TinyGPTError
+from tinygpt.evals import evaluate_bpb
+from tinygpt.generate import stream_text
+from tinygpt.metrics import StepMetrics
+from tinygpt.model import GPT
+from tinygpt.optim import MuonAdamW, Rule, nanochat_rules, param_groups
+from tinygpt.recipe._data import Source, make_loader, make_tokenizer, make_validation, open_training
+from tinygpt.recipe._files import RECIPE_FILE, absolute
+from tinygpt.recipe._sections import PhaseRecipe, SamplesRecipe
+from tinygpt.scaling import lr_factor
+from tinygpt.schedules import Schedule
+from tinygpt.tokenizer import Tokenizer, load_tokenizer
+from tinygpt.trainer import Hook, Phase, Trainer, TrainerConfig, every, resolve_precision
+
+if TYPE_CHECKING:
+    from tinygpt.recipe._recipe import Recipe
+
+logger = logging.getLogger("tinygpt")
+
+
+@dataclass(frozen=True, eq=False)
+class RecipeRun:
+    """What a recipe makes: a trainer like any other, and what the recipe wants done along the way.
+
+    Attributes:
+        recipe: The recipe with nothing left open, as it is saved with the run.
+        trainer: The trainer.
+        hooks: Evaluation and samples, for `trainer.fit`.
+        validation: What the run is measured on; `None` for nothing.
+        out_dir: The run's folder.
+        on_close: Called when `fit` ends, however it ends.
+    """
+
+    recipe: "Recipe"
+    trainer: Trainer
+    hooks: tuple[Hook, ...]
+    validation: ValidationSet | None
+    out_dir: Path
+    on_close: tuple[Callable[[], object], ...] = ()
+
+    def fit(
+        self,
+        *,
+        accept: Collection[str] | str = (),
+        rewarm_steps: int | None = None,
+        progress: bool = True,
+    ) -> StepMetrics | None:
+        """Go on from the newest checkpoint in the run's folder, or begin, and train to the end.
+
+        Args:
+            accept: As for `Trainer.load_state`.
+            rewarm_steps: As for `Trainer.load_state`.
+            progress: Whether to show a progress bar on standard error.
+
+        Returns:
+            The last step, or `None` if there was none left to do.
+
+        Raises:
+            CheckpointError: As from `Trainer.resume`; the recipe that was saved with the run is then left as it is.
+            ConfigError: As from the trainer, or if the recipe cannot be written.
+        """
+        self.trainer.resume(accept=accept, rewarm_steps=rewarm_steps)
+        try:
+            if not (self.out_dir / RECIPE_FILE).exists():
+                self.recipe.save(self.out_dir)
+            # A recipe that was changed replaces the saved one once the run has gone on with it.
+            last = self.trainer.fit([self._save_recipe_once(), *self.hooks], progress=progress)
+        finally:
+            for close in self.on_close:
+                close()
+        if self.recipe.report:
+            self._write_report()
+        return last
+
+    def _save_recipe_once(self) -> Hook:
+        first = self.trainer.next_step
+
+        def hook(trainer: Trainer, step: StepMetrics) -> None:
+            if step.index == first:
+                self.recipe.save(self.out_dir)
+
+        return hook
+
+    def _write_report(self) -> None:
+        from tinygpt.report import write_report
+
+        try:
+            try:
+                files = write_report(self.out_dir)
+            except MissingDependencyError:
+                files = write_report(self.out_dir, pictures=False)
+        except TinyGPTError as error:  # the run itself is complete and saved
+            logger.warning("no report was written: %s", error)
+        else:
+            logger.info("report: %s", files.html)
+
+
+def build_run(recipe: "Recipe", out_dir: Path) -> RecipeRun:
+    """Build what a recipe names; see `Recipe.build`."""
+    source, held_out = open_training(recipe.data)
+    if recipe.evaluate_every is not None and held_out is None and recipe.data.validation is None:
+        raise ConfigError(
+            "token shards cannot be split into training and validation: give data.validation, or leave "
+            "evaluate_every out."
+        )
+    recipe, tokenizer, validation = _settle(recipe, source, held_out, out_dir)
+    model, optimizer = make_model(recipe, resolve_device(recipe.device))
+    trainer = Trainer(
+        model,
+        optimizer,
+        make_loader(recipe.data, source, tokenizer, recipe.seq_len),
+        trainer_config(recipe, out_dir),
+        phases=[make_phase(recipe, phase, tokenizer) for phase in run_phases(recipe)],
+        validation=validation,
+        tokenizer=tokenizer,
+    )
+    hooks: list[Hook] = []
+    if validation is not None:
+        hooks.append(every(recipe.evaluate_every or recipe.total_steps, evaluation(validation)))
+    if recipe.samples.every is not None:
+        hook = sampling(recipe.samples, tokenizer, max_seq_len=recipe.model.max_seq_len, seed=recipe.seed)
+        hooks.append(every(recipe.samples.every, hook))
+    if recipe.push is None:
+        return RecipeRun(recipe, trainer, tuple(hooks), validation, out_dir)
+    from tinygpt.publish import PushQueue
+
+    queue = PushQueue(recipe.push.repo, folder=out_dir, private=recipe.push.private, license=recipe.push.license)
+    trainer.on_save = queue
+    return RecipeRun(recipe, trainer, tuple(hooks), validation, out_dir, (queue.close,))
+
+
+def _settle(
+    recipe: "Recipe", source: Source, held_out: DocumentSource | None, out_dir: Path
+) -> tuple["Recipe", Tokenizer, ValidationSet | None]:
+    """Return what the run keeps in its folder and goes on with: the first time it is made, from then on it is read.
+
+    The folder is claimed between making and saving, so that a first attempt that fails claims nothing.
+    """
+    tokenizer_folder, validation_file = out_dir / "tokenizer", out_dir / "validation.safetensors"
+    data = recipe.data
+    # What the trainer does not compare; all else is its business.
+    identity = {
+        "seed": recipe.seed,
+        "tokenizer": recipe.tokenizer.replace(folder=absolute(recipe.tokenizer.folder)).model_dump(),
+        "validation": [absolute(data.validation), data.held_out, data.validation_tokens],
+    }
+    claimed = (out_dir / "run.json").exists()
+    if claimed:
+        claim_run_folder(out_dir, identity)
+    there = claimed and (tokenizer_folder / "tokenizer_config.json").exists()
+    tokenizer = load_tokenizer(tokenizer_folder) if there else make_tokenizer(recipe.tokenizer, source)
+    recipe = recipe.resolved(tokenizer.vocab_size)
+    validation: ValidationSet | None
+    if claimed and validation_file.exists():
+        validation = ValidationSet.load(validation_file, rows=data.rows)
+    else:
+        validation = make_validation(data, held_out, tokenizer, recipe.seq_len)
+    claim_run_folder(out_dir, identity)
+    if not there:
+        tokenizer.save(tokenizer_folder)
+    if validation is not None and not validation_file.exists():
+        validation.save(validation_file)
+    return recipe, tokenizer, validation
+
+
+def resolve_device(name: str) -> torch.device:
+    """Return the device that a recipe or a command means.
+
+    Args:
+        name: `"auto"` for a GPU if there is one, or what torch calls a device.
+
+    Raises:
+        ConfigError: If it is none, or is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(f"device={name!r} cannot be used: {reason}") from None
+    return device
+
+
+def make_model(recipe: "Recipe", device: torch.device) -> tuple[GPT, MuonAdamW]:
+    """Return model and optimizer; of a recipe's seed the weights are always the same."""
+    torch.manual_seed(recipe.seed)
+    model = GPT.from_config(recipe.model).to(device)
+    if recipe.precision == "bfloat16" or resolve_precision(recipe.precision, device) == torch.bfloat16:
+        model.set_compute_dtype(torch.bfloat16, embeddings=True)
+    return model, MuonAdamW(param_groups(model, optimizer_rules(recipe)))
+
+
+def optimizer_rules(recipe: "Recipe") -> list[Rule]:
+    """Return the rules of the optimizer's groups, scaled to the batch of the run."""
+    section = recipe.optimizer
+    scale = lr_factor(recipe.step_tokens) if section.lr_scale is None else section.lr_scale
+    return nanochat_rules(
+        model_dim=recipe.model.dim,
+        batch_lr_scale=scale,
+        weight_decay=section.weight_decay * scale,
+        **section.model_dump(exclude={"lr_scale", "weight_decay"}),
+    )
+
+
+def trainer_config(recipe: "Recipe", out_dir: Path | None) -> TrainerConfig:
+    """Return the settings of the loop."""
+    device = resolve_device(recipe.device)
+    return TrainerConfig(
+        num_steps=recipe.total_steps,
+        batch_tokens=recipe.batch_tokens,
+        precision=recipe.precision,
+        grad_clip=recipe.grad_clip,
+        out_dir=None if out_dir is None else str(out_dir),
+        save_every=None if out_dir is None else recipe.save_every,
+        keep_last=recipe.keep_last,
+        keep_every=recipe.keep_every,
+        keep_best=recipe.keep_best,
+        compile=device.type == "cuda" if recipe.compile == "auto" else recipe.compile,
+    )
+
+
+def run_phases(recipe: "Recipe") -> list[PhaseRecipe]:
+    """Return the phases, one for a run that names none."""
+    return recipe.phases or [PhaseRecipe(steps=recipe.total_steps)]
+
+
+def make_phase(recipe: "Recipe", phase: PhaseRecipe, tokenizer: Tokenizer | None) -> Phase:
+    """Return a phase of the trainer; without a tokenizer no data is opened for it."""
+    loader = None
+    if phase.train is not None and tokenizer is not None:
+        source, _ = open_training(recipe.data, phase.train)
+        loader = make_loader(recipe.data, source, tokenizer, recipe.seq_len)
+    return Phase(
+        phase.steps,
+        _schedules(recipe, phase),
+        name=phase.name,
+        loader=loader,
+        batch_tokens=phase.batch_tokens,
+        accept=phase.accept,
+    )
+
+
+def _schedules(recipe: "Recipe", phase: PhaseRecipe) -> dict[str, Schedule]:
+    """Return the schedules of a phase by the names that the trainer has for them."""
+    names = {"lr": "lr", "momentum": "muon.momentum", "weight_decay": "muon.weight_decay"}
+    chosen = {name: getattr(phase, name) or getattr(recipe.schedules, name) for name in names}
+    return {names[name]: schedule.build(recipe.total_steps) for name, schedule in chosen.items()}
+
+
+def evaluation(validation: ValidationSet) -> Hook:
+    """Return a hook that measures bits per byte and records it."""
+
+    def hook(trainer: Trainer, step: StepMetrics) -> None:
+        report = evaluate_bpb(trainer.model, validation)
+        trainer.record("evaluation", bpb=report.bpb, loss=report.loss, data_hash=report.data_hash)
+        logger.info("step %s: validation %s", f"{step.index + 1:,}", report)
+
+    return hook
+
+
+def sampling(section: SamplesRecipe, tokenizer: Tokenizer, *, max_seq_len: int, seed: int) -> Hook:
+    """Return a hook that lets the model continue the prompts and records what it writes.
+
+    Raises:
+        ConfigError: If a prompt leaves no room in the model's context; not hours later, at the first sample.
+    """
+    rooms = [max_seq_len - 1 - len(tokenizer.encode(prompt)) for prompt in section.prompts]  # <|bos|> comes first
+    if min(rooms, default=1) < 1:
+        prompt = section.prompts[rooms.index(min(rooms))]
+        raise ConfigError(
+            f"samples.prompts: {prompt[:40]!r} takes {max_seq_len - min(rooms)} tokens with <|bos|>, and the model's "
+            f"context has {max_seq_len}; shorten it."
+        )
+
+    def hook(trainer: Trainer, step: StepMetrics) -> None:
+        model = trainer.model
+        assert isinstance(model, GPT)
+        for prompt, room in zip(section.prompts, rooms, strict=True):
+            pieces = stream_text(
+                model,
+                tokenizer,
+                prompt,
+                max_new_tokens=min(section.max_new_tokens, room),
+                temperature=section.temperature,
+                seed=seed,
+            )
+            text = "".join(pieces)
+            trainer.record("sample", prompt=prompt, text=text)
+            logger.info("step %s: %s%s", f"{step.index + 1:,}", prompt, text)
+
+    return hook

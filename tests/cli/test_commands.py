@@ -1,0 +1,292 @@
+"""Each command for real, on a run of seconds."""
+
+import io
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nanochat_folder import write_example
+from small_runs import everything
+from tinygpt import GPT
+from tinygpt.cli import main
+from tinygpt.data import TextDocuments, ValidationSet, tokenize_documents
+from tinygpt.evals import evaluate_bpb
+from tinygpt.generate import stream_text
+from tinygpt.metrics import read_metrics
+from tinygpt.recipe import Recipe
+from tinygpt.tokenizer import ByteTokenizer, load_tokenizer
+
+Captured = pytest.CaptureFixture[str]
+
+
+def run(*arguments: str) -> int:
+    return main([*arguments])
+
+
+def run_json(capsys: Captured, *arguments: str) -> Any:
+    """Run a command that prints JSON and nothing else."""
+    capsys.readouterr()
+    assert main([*arguments, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def checkpoint(out: Path, steps: int = 6) -> Path:
+    return out / "checkpoints" / f"step-{steps:06d}"
+
+
+def test_train_prints_the_plan_first_and_the_same_command_goes_on(
+    here: Path, recipe_file: Path, capsys: Captured
+) -> None:
+    command = ["train", str(recipe_file), "--evaluate-every", "3", "--save-every=2"]
+    assert run(*command) == 0
+    printed = capsys.readouterr()
+    assert printed.out.index("parameters: token embedding") < printed.out.index("runs/tiny: 6 steps, loss")
+    assert "step 3: validation" in printed.err
+    assert "6/6" in printed.err  # the progress bar
+    assert run(*command, "--quiet") == 0
+    assert "runs/tiny: all 6 steps are done" in capsys.readouterr().out
+    saved = Recipe.load("runs/tiny")
+    assert (saved.evaluate_every, saved.save_every, saved.data.rows) == (3, 2, 2)
+
+
+def test_a_depth_is_enough(here: Path, capsys: Captured) -> None:
+    small = ["--model.max-seq-len", "32", "--data.rows", "2", "--batch-tokens", "64", "--data.validation-tokens", "99"]
+    assert run("train", "--depth", "1", "--num-steps", "2", *small, "--samples.every", "none", "--quiet") == 0
+    model = GPT.from_pretrained("runs/d1/checkpoints/step-000002")
+    assert model.config is not None
+    assert (model.config.num_layers, model.config.head_dim, model.config.vocab_size) == (1, 64, 257)
+    assert Path("runs/d1/report/report.html").exists()
+
+
+def test_own_text_and_a_separator_typed_in_a_shell(here: Path, recipe_file: Path) -> None:
+    Path("books.txt").write_text("\n\n".join(f"whale {number} swam past" for number in range(60)))
+    data = ["--data.train", "books.txt", "--data.separator", r"\n\n", "--data.held-out", "0.3"]
+    assert run("train", str(recipe_file), *data, "--out", "run", "--quiet") == 0
+    recipe = Recipe.load("run")
+    assert recipe.data.separator == "\n\n"
+    assert ValidationSet.load("run/validation.safetensors").num_bytes < 60 * 19
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for one child process")
+def test_stopped_by_ctrl_c_and_resumed_it_ends_bit_for_bit_the_same(here: Path, recipe_file: Path) -> None:
+    arguments = [str(recipe_file), "--num-steps", "100", "--seed", "3", "--quiet"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tinygpt", "train", *arguments, "--out", "stopped"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 100
+    while len(read_metrics("stopped/metrics.jsonl")) < 3 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=100)
+    assert process.returncode == 130, errors
+    assert "to go on: tinygpt resume stopped" in errors
+    assert "Traceback" not in errors
+    done = len(read_metrics("stopped/metrics.jsonl"))
+    assert done < 100
+    assert run("resume", "stopped", "--quiet") == 0
+    assert run("train", *arguments, "--out", "whole") == 0
+    assert everything(checkpoint(here / "stopped", 100)) == everything(checkpoint(here / "whole", 100))
+
+
+def test_a_longer_run_is_refused_with_its_ways_on_until_it_is_meant(
+    here: Path, recipe_file: Path, capsys: Captured
+) -> None:
+    assert run("train", str(recipe_file), "--out", "run", "--quiet") == 0
+    capsys.readouterr()
+    assert run("resume", "run", "--num-steps", "9", "--quiet") == 2
+    refusal = capsys.readouterr().err
+    assert refusal.startswith("error: this run would go on differently")
+    assert refusal.endswith("On the command line: --accept TOPIC for each topic, or --rewarm-steps N.\n")
+    assert Recipe.load("run").num_steps == 6
+    assert run("resume", "run", "--num-steps", "9", "--rewarm-steps", "2", "--quiet") == 0
+    assert run("resume", "run", "--num-steps", "12", "--accept", "schedule", "--quiet") == 0
+    assert Recipe.load("run").num_steps == 12
+    assert run("resume", "run", "--quiet") == 0
+    assert run("train", "run", "--out", "again", "--quiet") == 0
+    assert checkpoint(here / "again", 12).is_dir()
+
+
+def test_plan_as_text_as_json_and_as_a_recipe(here: Path, recipe_file: Path, capsys: Captured) -> None:
+    assert run("plan", str(recipe_file), "--gpu", "RTX 4070", "--mfu", "0.25") == 0
+    assert "on one RTX 4070, if it reaches 25% of its peak" in capsys.readouterr().out
+    plan = run_json(capsys, "plan", str(recipe_file))
+    assert (plan["num_steps"], plan["tokens"], plan["seconds"]) == (6, 768, None)
+    assert run("plan", "--depth", "12", "--gpu", "RTX 4070", "--show-recipe") == 0
+    Path("own.json").write_text(capsys.readouterr().out)
+    assert Recipe.load("own.json").model.dim == 768
+    assert list(here.iterdir()) == [here / "own.json"]
+
+
+def test_a_tokenizer_is_trained_measured_and_used(here: Path, capsys: Captured) -> None:
+    Path("a.txt").write_text("a whale is no fish\n" * 99)
+    Path("b.jsonl").write_text('{"text": "a ship is no whale"}\n' * 99)
+    command = ["tokenizer", "train", "a.txt", "b.jsonl", "--vocab-size", "280", "--quiet"]
+    assert run(*command, "--out", "small", "--validation", "embedded") == 0
+    assert "a sample of validation, cut into tokens" in capsys.readouterr().out
+    figures = run_json(capsys, *command, "--out", "again")
+    tokenizer = load_tokenizer("small")
+    assert figures["fingerprint"] == tokenizer.fingerprint() == load_tokenizer("again").fingerprint()
+    assert figures["train"]["documents"] == 100
+    assert figures["train"]["bytes_per_token"] > 1
+    assert run("tokenizer", "train", "embedded", "--vocab-size", "300", "--out", "book", "--quiet") == 0
+    assert "300 token ids" in capsys.readouterr().out
+
+
+def test_generate_writes_what_the_library_writes(finished_run: Path, capsys: Captured) -> None:
+    folder = checkpoint(finished_run)
+    model, tokenizer = GPT.from_pretrained(folder), load_tokenizer(folder)
+    options = {"max_new_tokens": 8, "temperature": 0.7, "top_k": 5, "top_p": 0.9, "seed": 3}
+    expected = {prompt: "".join(stream_text(model, tokenizer, prompt, **options)) for prompt in ("Call me", "A")}
+    arguments = ["-n", "8", "--temperature", "0.7", "--top-k", "5", "--top-p", "0.9", "--seed", "3"]
+    capsys.readouterr()
+    for source in (finished_run, folder):
+        assert run("generate", str(source), "-p", "Call me", *arguments) == 0
+        assert capsys.readouterr().out == "Call me" + expected["Call me"] + "\n"
+    assert run("generate", str(finished_run), "-p", "Call me", "-p", "A", *arguments, "--json") == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert {line["prompt"]: line["text"] for line in lines} == expected
+
+
+def test_generate_reads_prompts_from_standard_input(
+    finished_run: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("one\n\ntwo\n"))
+    assert run("generate", str(finished_run), "-n", "2", "--seed", "1") == 0
+    parts = capsys.readouterr().out.split("--------\n")
+    assert [part[:3] for part in parts] == ["one", "two"]
+    terminal = io.StringIO("")
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    monkeypatch.setattr("sys.stdin", terminal)
+    assert run("generate", str(finished_run)) == 2
+    assert "there is no prompt; give -p TEXT" in capsys.readouterr().err
+
+
+def test_generate_stops_slides_and_reads_other_weights(finished_run: Path, capsys: Captured) -> None:
+    long = ["generate", str(finished_run), "-p", "Call me", "-n", "60", "--temperature", "0"]
+    assert run(*long) == 2
+    assert "context" in capsys.readouterr().err
+    assert run(*long, "--overflow", "slide", "--weights", "float32") == 0
+    text = capsys.readouterr().out
+    assert run(*long, "--overflow", "slide", "--stop", text[12]) == 0
+    assert len(capsys.readouterr().out) < len(text)
+    assert run(*long, "--temperature", "-1") == 2
+    assert "temperature" in capsys.readouterr().err
+
+
+def test_eval_measures_what_the_library_measures(finished_run: Path, here: Path, capsys: Captured) -> None:
+    model = GPT.from_pretrained(checkpoint(finished_run))
+    own = ValidationSet.load(finished_run / "validation.safetensors")
+    expected = evaluate_bpb(model, own)
+    found = run_json(capsys, "eval", str(finished_run))
+    assert (found["bpb"], found["data_hash"]) == (expected.bpb, expected.data_hash)
+    Path("a.txt").write_text("Call me Ishmael.\n\nSome years ago.")
+    source = TextDocuments(["Call me Ishmael.", "Some years ago."])
+    other = ValidationSet.from_source(source, ByteTokenizer(), rows=8, seq_len=32)
+    cut = ["--separator", r"\n\n"]
+    found = run_json(capsys, "eval", str(finished_run), "--validation", "a.txt", *cut)
+    assert (found["bpb"], found["data_hash"]) == (evaluate_bpb(model, other).bpb, other.hash)
+    domains = ["--domains", "whales=a.txt", "book=embedded", "--max-tokens", "300", "--quiet", *cut]
+    found = run_json(capsys, "eval", str(finished_run), *domains)["domains"]
+    assert found["whales"]["bpb"] == evaluate_bpb(model, other).bpb
+    assert found["mean_bpb"] == pytest.approx((found["whales"]["bpb"] + found["book"]["bpb"]) / 2)
+    assert run("eval", str(finished_run), *domains) == 0
+    assert "all, by bytes" in capsys.readouterr().out
+
+
+def test_eval_asks_the_questions_of_a_bundle(finished_run: Path, capsys: Captured) -> None:
+    pytest.importorskip("yaml")
+    bundle = Path(__file__).parents[1] / "data_files" / "eval_bundle"
+    asked = ["--core", str(bundle), "--max-per-task", "2", "--quiet"]
+    found = run_json(capsys, "eval", str(finished_run), *asked, "--tasks", "brackets")["core"]
+    assert [task["label"] for task in found["tasks"]] == ["brackets"]
+    assert found["tasks"][0]["num_items"] == 2
+    assert run("eval", str(finished_run), *asked, "--tasks", "absent") == 2
+    assert "has no task absent" in capsys.readouterr().err
+
+
+def test_export_and_import_give_the_model_back(finished_run: Path, here: Path, capsys: Captured) -> None:
+    found = run_json(capsys, "export", str(finished_run), "exported")
+    assert found["architecture"] is None  # smear, backout and value embeddings exist in no class of transformers
+    assert run("export", str(finished_run), "exported") == 2
+    assert run("export", str(finished_run), "exported", "--overwrite", "--dtype", "float32") == 0
+    assert "trust_remote_code=True" in capsys.readouterr().out
+    found = run_json(capsys, "import", "exported", "back")
+    model, back = GPT.from_pretrained(checkpoint(finished_run)), GPT.from_pretrained("back")
+    assert found["parameters"] == back.num_parameters().total
+    assert all(bool((a == b).all()) for a, b in zip(model.parameters(), back.parameters(), strict=True))
+    assert load_tokenizer("back").encode("Call") == ByteTokenizer().encode("Call")
+
+
+def test_import_reads_nanochat_by_itself(here: Path, capsys: Captured) -> None:
+    write_example(Path("nanochat"))
+    assert run("import", "nanochat/base_checkpoints/d12", "model") == 0
+    assert "with a tokenizer\nstep 100" in capsys.readouterr().out
+    assert run("generate", "model", "-p", "whale", "-n", "3") == 0
+    assert run("import", "nanochat/base_checkpoints/d12", "other", "--step", "99") == 2
+    assert "has no step 99; it has 100" in capsys.readouterr().err
+
+
+def test_info_knows_everything_that_is_written(finished_run: Path, here: Path, capsys: Captured) -> None:
+    folder = checkpoint(finished_run)
+    tokenize_documents(TextDocuments(["one", "two"]), ByteTokenizer(), "shards", processes=1)
+    GPT.from_pretrained(folder).save_pretrained("model")
+    write_example(Path("nanochat"))
+    recipe = run_json(capsys, "info", str(finished_run / "recipe.json"))
+    assert (recipe["kind"], recipe["recipe"]["num_steps"]) == ("recipe", 6)
+    found = run_json(capsys, "info", str(finished_run))
+    assert (found["kind"], found["steps done"], found["checkpoints"]) == ("run", 6, {"step-000006": "whole"})
+    assert found["parameters"]["total"] == found["weights"]
+    assert found["bpb"] > 0
+    found = run_json(capsys, "info", str(folder))
+    assert (found["kind"], found["state"], found["step"], found["tokens"]) == ("checkpoint", "whole", 6, 768)
+    assert found["tokenizer fingerprint"] == ByteTokenizer().fingerprint()
+    assert run_json(capsys, "info", "model")["kind"] == "model"
+    assert run_json(capsys, "info", "shards")["tokens"] == 6
+    assert run_json(capsys, "info", str(finished_run / "tokenizer"))["vocab size"] == 257
+    assert run_json(capsys, "info", str(finished_run / "validation.safetensors"))["text bytes"] == 500
+    assert run_json(capsys, "info", "nanochat/base_checkpoints/d12")["steps"] == [100]
+    for path in (finished_run, folder, "shards"):
+        assert run("info", str(path)) == 0
+        assert "whole" in capsys.readouterr().out
+
+
+def test_info_sees_damage(finished_run: Path, here: Path, capsys: Captured) -> None:
+    import shutil
+
+    shutil.copytree(finished_run, "run")
+    weights = checkpoint(Path("run")) / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+    assert "damaged" in run_json(capsys, "info", "run")["checkpoints"]["step-000006"]
+    assert "damaged" in run_json(capsys, "info", str(checkpoint(Path("run"))))["state"]
+    with pytest.warns(UserWarning, match="passing over a damaged checkpoint"):
+        assert run("generate", "run", "-p", "x") == 2
+    assert "has no whole checkpoint" in capsys.readouterr().err
+    shutil.rmtree("run/checkpoints")
+    assert run("generate", "run", "-p", "x") == 2
+    assert "has no checkpoint yet" in capsys.readouterr().err
+    tokenize_documents(TextDocuments(["one", "two"]), ByteTokenizer(), "shards", processes=1)
+    tokens = next(Path("shards").glob("*.tokens*"), None) or next(Path("shards").glob("*tokens*"))
+    tokens.write_bytes(b"\x01" * tokens.stat().st_size)
+    assert "damaged" in run_json(capsys, "info", "shards")["state"]
+
+
+def test_info_without_a_path_is_about_this_machine(capsys: Captured) -> None:
+    found = run_json(capsys, "info")
+    assert found["device"] in ("cpu", "cuda")
+    assert {"torch", "python", "threads", "precision", "extras"} <= found.keys()
+    assert run("info") == 0
+    assert "extras" in capsys.readouterr().out
+
+
+def test_nothing_is_coloured_where_there_is_no_terminal(finished_run: Path, capsys: Captured) -> None:
+    for command in (["info", str(finished_run)], ["plan", str(finished_run)], ["eval", str(finished_run)]):
+        assert run(*command) == 0
+        printed = capsys.readouterr()
+        assert "\x1b" not in printed.out + printed.err

@@ -1,0 +1,160 @@
+"""Help that does not wait, and mistakes that are answered in one line with status 2."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import tinygpt
+from tinygpt.cli import main
+from tinygpt.cli._main import build_parser
+
+COMMANDS = build_parser()[1]
+
+
+def run(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "tinygpt", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)  # type: ignore[call-overload, no-any-return]
+
+
+def test_no_help_waits_for_torch() -> None:
+    lines = [[command, "--help"] for command in COMMANDS] + [
+        ["tokenizer", "train", "--help"],
+        ["--help"],
+        ["--version"],
+    ]
+    script = (
+        "import sys\nfrom tinygpt.cli import main\n"
+        f"for line in {lines!r}:\n"
+        "    try: main(line)\n"
+        "    except SystemExit as stop: assert not stop.code, line\n"
+        "print(sorted({'torch', 'numpy', 'pydantic', 'huggingface_hub', 'shtab'} & set(sys.modules)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.endswith("[]\n")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_is_listed_and_says_what_it_does(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"usage: tinygpt {command}")
+    assert len(printed.splitlines()) > 5
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert command in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c not in ("report", "compare", "push")])
+def test_help_ends_with_an_example_that_the_parser_takes(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    import shlex
+
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    _, _, example = " ".join(capsys.readouterr().out.split()).partition("example: tinygpt ")
+    assert example
+    parser, _ = build_parser()
+    arguments = shlex.split(example)
+    assert parser.parse_args(arguments[: arguments.index(">")] if ">" in arguments else arguments).run
+
+
+MISTAKES: list[tuple[list[str], str]] = [
+    (["trian"], "there is no command 'trian'; did you mean train?"),
+    (["abacus"], "there is no command 'abacus' (see tinygpt --help)"),
+    ([], "the following arguments are required: COMMAND"),
+    (["train"], "give either a recipe file or --depth N"),
+    (["train", "x.toml", "--depth", "2"], "give either a recipe file or --depth N"),
+    (["train", "absent.toml"], "the recipe absent.toml cannot be read: No such file or directory"),
+    (["train", "--depth", "two"], "argument --depth: invalid int value: 'two'"),
+    (["train", "--depth", "0"], "from_depth needs positive numbers"),
+    (["train", "--depth", "1", "--sead", "3"], "a recipe has no field 'sead'; did you mean seed?"),
+    (["train", "--depth", "1", "--quit"], "--quit is no option of this command, and as a field of a recipe it needs a"),
+    (["train", "--depth", "1", "--accept", "all"], "argument --accept: invalid choice: 'all'"),
+    (["train", "--depth", "1", "--data.train", "absent.txt", "--out", "r"], "absent.txt does not exist"),
+    (["train", "--depth", "1", "--device", "abacus", "--out", "r"], "device='abacus' cannot be used"),
+    (["train", "--depth", "1", "--batch-tokens", "1000"], "batch_tokens=1000 is not a multiple of the loader's batch"),
+    (["resume"], "the following arguments are required: RUN"),
+    (["resume", "absent"], "there is no run absent; tinygpt train begins one"),
+    (["resume", "."], "holds no recipe.json, so it is no run that was made from a recipe"),
+    (["plan", "--depth", "2", "--gpu", "Abacus"], "the peak of 'Abacus' in bfloat16 is not known"),
+    (["plan", "--depth", "2", "--mfu", "2"], "mfu=2.0 is not a share"),
+    (["tokenizer"], "the following arguments are required: ACTION"),
+    (["tokenizer", "trian"], "invalid choice: 'trian'"),
+    (["tokenizer", "train", "absent", "--vocab-size", "300", "--out", "t"], "absent does not exist"),
+    (["tokenizer", "train", "embedded", "--vocab-size", "9", "--out", "t"], "vocab_size=9 has no room for 256 bytes"),
+    (["eval", "absent"], "absent brings no validation set"),
+    (["eval", "absent", "--domains", "x"], "--domains x has no name; write NAME=TEXT"),
+    (["eval", "absent", "--validation", "embedded"], "'absent' is neither an existing folder"),
+    (["generate", "absent", "-p", "x"], "'absent' is neither an existing folder"),
+    (["generate", "absent", "--temprature", "3"], "did you mean --temperature?"),
+    (["generate", "absent", "-p", "x", "--device", "abacus"], "device='abacus' cannot be used"),
+    (["export", "absent", "out"], "'absent' is neither an existing folder"),
+    (["import", "absent", "out"], "'absent' is neither an existing folder"),
+    (["import", "absent", "out", "--step", "3"], "--step and --tokenizer are for checkpoints of nanochat"),
+    (["import", "absent", "out", "--format", "nanochat"], "there is no folder absent"),
+    (["import", "absent", "."], ". is there already; choose a new or empty folder"),
+    (["info", "a", "b"], "'b' is more than this command takes"),
+    (["train", "a.toml", "b.toml"], "'b.toml' is more than this command takes"),
+    (["info", "absent"], "'absent' is neither an existing folder"),
+    (["info", "."], ". is neither a run, a checkpoint, a model"),
+    (["completion", "cmd"], "invalid choice: 'cmd'"),
+    (["completion"], "the following arguments are required: shell"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), MISTAKES, ids=[" ".join(a) or "nothing" for a, _ in MISTAKES])
+def test_a_mistake_is_one_line_with_status_2(
+    here: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (here / "file").write_text("")
+    try:
+        status: object = main(arguments)
+    except SystemExit as stop:  # from the parser
+        status = stop.code
+    printed = capsys.readouterr()
+    assert status == 2
+    assert printed.err.startswith("error: ")
+    assert message in printed.err
+    assert printed.err.count("\n") == 1
+
+
+def test_version_help_and_no_traceback_in_a_process_of_its_own() -> None:
+    assert run("--version").stdout == f"tinygpt {tinygpt.__version__}\n"
+    wrong = run("info", "absent")
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+    assert "Traceback" not in wrong.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGPIPE")
+def test_a_closed_pipe_is_no_traceback() -> None:
+    command = f"{sys.executable} -m tinygpt plan --depth 2 --show-recipe | true"
+    done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True, timeout=120)
+    assert done.stderr == ""
+    assert done.returncode in (0, 141)  # 0 if everything fitted into the pipe before it was closed
+
+
+def test_a_missing_package_names_its_extra(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    assert main(["completion", "bash"]) == 2
+    assert capsys.readouterr().err == 'error: completion scripts need shtab: pip install "tinygpt[cli]".\n'
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_knows_commands_and_options(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("shtab")
+    assert main(["completion", shell]) == 0
+    script = capsys.readouterr().out
+    for word in (*COMMANDS, "rewarm-steps", "max-new-tokens"):
+        assert word in script
+
+
+def test_the_bash_script_completes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("shtab")
+    main(["completion", "bash"])
+    (tmp_path / "script").write_text(capsys.readouterr().out)
+    ask = 'COMP_WORDS=(tinygpt tra); COMP_CWORD=1; _shtab_tinygpt; echo "${COMPREPLY[@]}"'
+    done = subprocess.run(["bash", "-c", f"source {tmp_path / 'script'}; {ask}"], capture_output=True, text=True)
+    assert done.stdout.split() == ["train"]
