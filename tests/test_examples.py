@@ -21,7 +21,7 @@ def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def losses(out: Path) -> dict[int, float]:
-    return {record["step"]: record["loss"] for record in read_metrics(out / "metrics.jsonl") if "loss" in record}
+    return {record["step"]: record["loss"] for record in read_metrics(out / "metrics.jsonl") if record["event"] == "step"}
 
 
 @pytest.fixture

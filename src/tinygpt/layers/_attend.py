@@ -83,7 +83,7 @@ def one_query_attention(
     else:
         mask = None if visible is None else visible[:, None, None]
         y = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask, scale=scale)
-    return y.reshape(batch, heads, 1, head_dim)
+    return y.reshape(batch, heads, 1, v.shape[-1])
 
 
 def _band(q_seq: int, seq: int, window_tokens: int | None, device: torch.device) -> Tensor:
