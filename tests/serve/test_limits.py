@@ -6,6 +6,7 @@ import json
 import socket
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -74,10 +75,11 @@ def test_a_request_of_another_type_is_refused_as_pages_of_other_sites_can_send_i
     assert "application/json" in error_of(text)["message"]
 
 
-def test_text_without_utf8_form_is_refused(url: str) -> None:
-    status, _, text = ask(url, "POST", "/v1/completions", rb'{"prompt": "\ud800"}' + b"")
+@pytest.mark.parametrize("body", [rb'{"prompt": "\ud800"}', rb'{"prompt": "x", "\ud800": 1}'])
+def test_text_without_utf8_form_is_refused(url: str, body: bytes) -> None:
+    status, _, text = ask(url, "POST", "/v1/completions", body)
     assert status == 400
-    assert "surrogate" in error_of(text)["message"] or "unicode" in error_of(text)["message"].lower()
+    assert "surrogate" in error_of(text)["message"] or "unicode string" in error_of(text)["message"]
 
 
 @pytest.mark.parametrize("size", [401, 6_000, 5_000_000])
@@ -228,6 +230,35 @@ def test_a_model_that_fails_says_nothing_of_its_inside_and_the_server_goes_on() 
         broken[0] = False
         assert ask(url, "POST", "/v1/chat/completions", CHAT)[0] == 200
         assert num_texts(url) == 0
+
+
+def test_a_fault_of_the_server_says_nothing_of_its_inside(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = slowed(0)
+    with serving(model, tokenizer) as url:
+        monkeypatch.setattr(type(tokenizer), "encode", lambda self, text: Path("/home/somebody/secret").read_text())
+        status, _, text = ask(url, "POST", "/v1/completions", {"prompt": "x"})
+        assert status == 500
+        assert error_of(text)["message"] == "the server failed."
+        monkeypatch.undo()
+        assert ask(url, "POST", "/v1/completions", {"prompt": "x"})[0] == 200
+
+
+def test_texts_are_begun_in_the_order_in_which_they_were_asked_for() -> None:
+    ended: list[int] = []
+    with serving(*slowed(0.02), num_slots=1) as url, concurrent.futures.ThreadPoolExecutor() as pool:
+        for number, length in enumerate((8, 4, 1)):
+            options = {"prompt": "x", "max_tokens": length, "temperature": 3, "seed": 1}
+            future = pool.submit(ask, url, "POST", "/v1/completions", options)
+            future.add_done_callback(lambda _, number=number: ended.append(number))
+            wait_until(lambda number=number: num_texts(url) + len(ended) == number + 1)
+    assert ended == [0, 1, 2]
+
+
+@pytest.mark.parametrize("name", ["max-tokens", "ä", "", "x" * 1000])
+def test_a_field_of_any_name_is_refused_by_name(url: str, name: str) -> None:
+    status, _, text = ask(url, "POST", "/v1/completions", {"prompt": "x", name: 1})
+    assert status == 400
+    assert error_of(text)["message"] == f"there is no field {name[:100]}."
 
 
 def test_a_model_of_plain_text_refuses_chats_and_says_where_to_go() -> None:

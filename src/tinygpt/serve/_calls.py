@@ -6,7 +6,7 @@ from tinygpt.errors import ConfigError, DataError
 from tinygpt.generate import GenerationConfig
 from tinygpt.serve._answers import ChatShape, CompletionShape, Shape
 from tinygpt.serve._errors import RequestError
-from tinygpt.serve._requests import ChatBody, ChatMessage, CompletionBody, _Options
+from tinygpt.serve._requests import ChatBody, ChatMessage, CompletionBody, Options
 from tinygpt.tokenizer import ChatTemplate, Message, Tokenizer
 
 _COMPLETION_TOKENS = 16  # OpenAI's default of this endpoint; a chat's answer may be as long as fits
@@ -94,7 +94,7 @@ def chat_call(body: ChatBody, served: Served) -> Call:
 
 
 def _call(
-    body: _Options,
+    body: Options,
     served: Served,
     prompts: list[list[int]],
     max_new_tokens: int,
@@ -104,10 +104,7 @@ def _call(
     shape: Shape,
 ) -> Call:
     if body.model is not None and body.model != served.name:
-        raise RequestError(
-            404, f"there is no model {body.model!r:.100}; this server has {served.name}.", param="model",
-            code="model_not_found",
-        )  # fmt: skip
+        raise unknown_model(body.model, served, "model")
     num_samples = body.n or 1
     if len(prompts) * num_samples > served.num_slots:
         raise RequestError(
@@ -140,6 +137,12 @@ def _call(
         raise RequestError(400, str(error)) from None
     usage = body.stream_options is not None and body.stream_options.include_usage
     return Call(prompts, config, num_samples, shape, bool(body.stream), usage)
+
+
+def unknown_model(name: str, served: Served, param: str | None = None) -> RequestError:
+    """Return the error for another model's name."""
+    message = f"there is no model {name!r:.100}; this server has {served.name}."
+    return RequestError(404, message, param=param, code="model_not_found")
 
 
 def _prompt(prompt: str | list[int], served: Served) -> list[int]:

@@ -39,7 +39,7 @@ class _StreamOptions(_Body):
     include_obfuscation: Literal[False] = False
 
 
-class _Options(_Body):
+class Options(_Body):
     """What both kinds of request share. `top_k`, `min_p` and `repetition_penalty` are not OpenAI's."""
 
     model: str | None = None
@@ -56,7 +56,7 @@ class _Options(_Body):
     stream_options: _StreamOptions | None = None
 
 
-class CompletionBody(_Options):
+class CompletionBody(Options):
     """A request to continue text."""
 
     prompt: str | _TokenIds | Annotated[list[str] | list[_TokenIds], Field(min_length=1)]
@@ -80,7 +80,7 @@ class ChatMessage(_Body):
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
 
 
-class ChatBody(_Options):
+class ChatBody(Options):
     """A request to answer in a conversation."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
@@ -89,7 +89,7 @@ class ChatBody(_Options):
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
 
-_AnyBody = TypeVar("_AnyBody", bound=_Options)
+_AnyBody = TypeVar("_AnyBody", bound=Options)
 
 
 def parse(kind: type[_AnyBody], body: bytes) -> _AnyBody:
@@ -114,6 +114,8 @@ def parse(kind: type[_AnyBody], body: bytes) -> _AnyBody:
         return kind.model_validate(kept)
     except ValidationError as error:
         raise _readable(error) from None
+    except UnicodeEncodeError:
+        raise RequestError(400, "the name of a field holds a surrogate, which has no UTF-8 form.") from None
 
 
 def _readable(error: ValidationError) -> RequestError:
@@ -124,7 +126,8 @@ def _readable(error: ValidationError) -> RequestError:
     place = ".".join(str(part) for part in first["loc"] if str(part).isidentifier() or isinstance(part, int))
     place = place.removesuffix(".str")
     if first["type"] == "extra_forbidden":
-        return RequestError(400, f"there is no field {place}.", param=place, code="unknown_parameter")
+        name = str(first["loc"][-1])[:100]  # a client may send any name
+        return RequestError(400, f"there is no field {name}.", param=name, code="unknown_parameter")
     if first["type"] == "missing":
         return RequestError(400, f"the field {place} is missing.", param=place, code="missing_required_parameter")
     allowed = dict.fromkeys(fault["msg"] for fault in faults if fault["loc"][0] == first["loc"][0])

@@ -11,16 +11,16 @@ from starlette.types import Receive, Scope, Send
 
 from tinygpt.generate import TokenEvent
 from tinygpt.serve._answers import usage_of
-from tinygpt.serve._calls import Call, Served, chat_call, completion_call
+from tinygpt.serve._calls import Call, Served, chat_call, completion_call, unknown_model
 from tinygpt.serve._config import ServerConfig
 from tinygpt.serve._errors import RequestError
-from tinygpt.serve._requests import ChatBody, CompletionBody, _Options, parse
+from tinygpt.serve._requests import ChatBody, CompletionBody, Options, parse
 from tinygpt.serve._worker import Job, Worker
 
 _BODY_SECONDS = 30.0  # a body of the allowed length takes no longer, unless its sender means to hold the connection
 _SEND_SECONDS = 5.0  # after its time a stream may still say so
 
-_AnyBody = TypeVar("_AnyBody", bound=_Options)
+_AnyBody = TypeVar("_AnyBody", bound=Options)
 
 
 class Routes:
@@ -51,9 +51,7 @@ class Routes:
         """Describe the model."""
         name = request.path_params["name"]
         if name != self._served.name:
-            raise RequestError(
-                404, f"there is no model {name!r:.100}; this server has {self._served.name}.", code="model_not_found"
-            )
+            raise unknown_model(name, self._served)
         return JSONResponse(self._model())
 
     async def completions(self, request: Request) -> Response:
