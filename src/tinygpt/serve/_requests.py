@@ -114,8 +114,6 @@ def parse(kind: type[_AnyBody], body: bytes) -> _AnyBody:
         return kind.model_validate(kept)
     except ValidationError as error:
         raise _readable(error) from None
-    except UnicodeEncodeError:
-        raise RequestError(400, "the name of a field holds a surrogate, which has no UTF-8 form.") from None
 
 
 def _readable(error: ValidationError) -> RequestError:
@@ -130,5 +128,9 @@ def _readable(error: ValidationError) -> RequestError:
         return RequestError(400, f"there is no field {name}.", param=name, code="unknown_parameter")
     if first["type"] == "missing":
         return RequestError(400, f"the field {place} is missing.", param=place, code="missing_required_parameter")
-    allowed = dict.fromkeys(fault["msg"] for fault in faults if fault["loc"][0] == first["loc"][0])
-    return RequestError(400, f"{place}: {', or '.join(text[0].lower() + text[1:] for text in allowed)}.", param=place)
+    allowed = dict.fromkeys(fault["msg"] for fault in faults if fault["loc"][:1] == first["loc"][:1])
+    message = ", or ".join(text[0].lower() + text[1:] for text in allowed)
+    # A fault has no place where the name itself is no text.
+    return RequestError(
+        400, f"{place}: {message}." if place else f"the name of a field: {message}.", param=place or None
+    )
