@@ -48,7 +48,7 @@ def test_every_command_is_listed_and_says_what_it_does(command: str, capsys: pyt
     assert command in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c not in ("report", "compare", "push", "chat", "serve")])
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c not in ("report", "compare", "push")])
 def test_help_ends_with_an_example_that_the_parser_takes(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     import shlex
 

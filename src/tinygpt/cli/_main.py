@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 
 import tinygpt
 from tinygpt.cli import (
+    _chat,
     _compare,
     _completion,
     _eval,
@@ -21,6 +22,7 @@ from tinygpt.cli import (
     _push,
     _report,
     _resume,
+    _serve,
     _tokenize,
     _tokenizer,
     _train,
@@ -37,6 +39,8 @@ _COMMANDS = (
     _tokenize,
     _eval,
     _generate,
+    _chat,
+    _serve,
     _report,
     _compare,
     _export,

@@ -3,6 +3,7 @@
 `generate`, `stream_tokens` and `stream_text` write one text. An `Engine` writes many at once, which come and go.
 """
 
+from tinygpt.generate._chat import is_chat_tuned as is_chat_tuned
 from tinygpt.generate._config import GenerationConfig as GenerationConfig
 from tinygpt.generate._engine import Engine as Engine
 from tinygpt.generate._functions import generate as generate
@@ -23,6 +24,7 @@ __all__ = [
     "TokenLogprobs",
     "generate",
     "generate_batch",
+    "is_chat_tuned",
     "reading_copy",
     "sample_token",
     "stream_text",

@@ -10,6 +10,8 @@ from tinygpt.tokenizer._base import Tokenizer as Tokenizer
 from tinygpt.tokenizer._bpe import SPLIT_PATTERN as SPLIT_PATTERN
 from tinygpt.tokenizer._bpe import BPETokenizer as BPETokenizer
 from tinygpt.tokenizer._bytes import ByteTokenizer as ByteTokenizer
+from tinygpt.tokenizer._chat import ChatTemplate as ChatTemplate
+from tinygpt.tokenizer._chat import Message as Message
 from tinygpt.tokenizer._huggingface import load_tokenizer_json as load_tokenizer_json
 from tinygpt.tokenizer._huggingface_write import save_tokenizer_json as save_tokenizer_json
 from tinygpt.tokenizer._load import load_tokenizer as load_tokenizer
@@ -30,8 +32,10 @@ __all__ = [
     "TIKTOKEN_PATTERNS",
     "BPETokenizer",
     "ByteTokenizer",
+    "ChatTemplate",
     "EncodedTexts",
     "EncoderPool",
+    "Message",
     "TextMeasure",
     "TextSource",
     "Tokenizer",
