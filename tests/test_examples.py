@@ -23,8 +23,6 @@ def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 def losses(out: Path) -> dict[int, float]:
     steps = [record for record in read_metrics(out / "metrics.jsonl") if record["event"] == "step"]
     return {record["step"]: record["loss"] for record in steps}
-        record["step"]: record["loss"] for record in read_metrics(out / "metrics.jsonl") if record["event"] == "step"
-    }
 
 
 @pytest.fixture
