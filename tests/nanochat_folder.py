@@ -58,7 +58,9 @@ def write_tokenizer(folder: Path) -> Path:
     return path
 
 
-def random_weights(config: dict[str, Any], *, era: int, rows: int | None = None) -> dict[str, Tensor]:
+def random_weights(
+    config: dict[str, Any], *, era: int, rows: int | None = None, gate_channels: int = 12
+) -> dict[str, Tensor]:
     """The tensors of a model with the parts of 2025 (era 0), with lambdas (1), value embeddings (2) and smear (3)."""
     dim, heads, kv_heads, layers = (config[key] for key in ("n_embd", "n_head", "n_kv_head", "n_layer"))
     rows, kv_dim = rows or -(-config["vocab_size"] // 64) * 64, dim // heads * kv_heads
@@ -76,7 +78,7 @@ def random_weights(config: dict[str, Any], *, era: int, rows: int | None = None)
         if era >= 2 and (layers - 1 - layer) % 2 == 0:
             weights |= {
                 f"value_embeds.{layer}.weight": draw(rows, kv_dim),
-                f"{attention}.ve_gate.weight": draw(kv_heads, 12),
+                f"{attention}.ve_gate.weight": draw(kv_heads, gate_channels),
             }
     if era >= 1:
         weights |= {"resid_lambdas": 1 + 0.1 * draw(layers), "x0_lambdas": draw(layers)}
@@ -128,7 +130,9 @@ def logits_of(
         q, k = (rotated(split(y @ matrix[f"attn.c_{name}"].T, n)) for name, n in (("q", heads), ("k", kv_heads)))
         v = split(y @ matrix["attn.c_v"].T, kv_heads)
         if f"value_embeds.{layer}.weight" in weights:
-            gate = 3 * torch.sigmoid(y[..., :12] @ weights[f"transformer.h.{layer}.attn.ve_gate.weight"].T)
+            gate_weight = weights[f"transformer.h.{layer}.attn.ve_gate.weight"]
+            channels = gate_weight.shape[1]
+            gate = {12: 3, 32: 2}[channels] * torch.sigmoid(y[..., :channels] @ gate_weight.T)
             extra = split(weights[f"value_embeds.{layer}.weight"][ids], kv_heads)
             v = v + gate.transpose(1, 2)[..., None] * extra
         k, v = (part.repeat_interleave(heads // kv_heads, 1) for part in (k, v))

@@ -302,3 +302,25 @@ def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / ".hidden").touch()
     with pytest.raises(HubError, match="holds no file to upload"):
         upload_folder(tmp_path, "user/tiny")
+
+
+@pytest.mark.parametrize("token", ["hf_secret\n", "hf_se cret", "", "hf_sécret", 5])
+def test_a_token_that_cannot_be_sent_is_refused_and_not_shown(tmp_path: Path, token: str) -> None:
+    (tmp_path / "config.json").touch()
+    for call in (lambda: resolve("user/tiny", token=token), lambda: upload_folder(tmp_path, "user/tiny", token=token)):
+        with pytest.raises(HubError, match="the access token is no word of printable ASCII characters") as caught:
+            call()
+        assert "cret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("revision", ["", " ", "a\nb", 5, b"main"])
+def test_a_revision_that_is_no_name_is_refused_before_a_request(revision: str) -> None:
+    with pytest.raises(HubError, match=r"revision=.* is no name of a branch, tag or commit"):
+        resolve("user/tiny", revision=revision)
+
+
+def test_what_is_no_text_is_no_name() -> None:
+    with pytest.raises(HubError, match="None is neither a folder nor a Hub name; give a path, or 'user/repo'"):
+        resolve(None)  # type: ignore[arg-type]
+    with pytest.raises(HubError, match="5 is no name for a tag or branch"):
+        check_tags(5)  # type: ignore[arg-type]

@@ -9,12 +9,15 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -31,6 +34,7 @@ BOS = ByteTokenizer().bos_token_id
 SHAPE = {"num_layers": 3, "dim": 32, "num_heads": 4, "num_kv_heads": 2, "vocab_size": 257, "max_seq_len": 64}
 PLAIN = dict.fromkeys(("value_embeddings", "residual_scales", "x0_scales", "smear", "backout"), False)
 LLAMA = {**SHAPE, **PLAIN, "qk_norm": False, "soft_cap": None, "embedding_norm": False}
+SWITCHES = (*PLAIN, "rotary", "rope_clockwise", "qk_norm", "norm_weight", "embedding_norm")
 WINDOWS = {"window_pattern": "SL", "short_window_tokens": 5}
 
 
@@ -109,6 +113,40 @@ def test_transformers_gives_the_same_logits_and_the_same_greedy_text(name: str, 
     read = torch.tensor([prompt])
     written = theirs.generate(read, attention_mask=read.ge(0), max_new_tokens=30, do_sample=False)[0, len(prompt) :]
     assert written.tolist() == (ours if len(ours) == 30 else [*ours, BOS])
+
+
+@settings(max_examples=12)
+@given(
+    numbers=st.fixed_dictionaries(
+        {
+            "vocab_size": st.sampled_from([7, 64, 257]),
+            "max_seq_len": st.sampled_from([8, 33, 130]),
+            "num_layers": st.integers(1, 3),
+            "num_kv_heads": st.sampled_from([None, 1, 2, 4]),
+            "vocab_multiple": st.sampled_from([1, 3, 64]),
+            "window_pattern": st.text("SL", min_size=1, max_size=3),
+            "short_window_tokens": st.sampled_from([None, 1, 15]),
+            "rope_base": st.sampled_from([10.0, 100_000.0]),
+            "qk_scale": st.sampled_from([0.3, 1.0, 1.2]),
+            "norm_eps": st.sampled_from([None, 1e-2]),
+            "soft_cap": st.sampled_from([None, 0.5, 15.0]),
+            "value_gate_channels": st.sampled_from([1, 12, 32]),
+            "value_gate_scale": st.sampled_from([2.0, 3.0]),
+        }
+    ),
+    switches=st.fixed_dictionaries(dict.fromkeys(SWITCHES, st.booleans())),
+    mlp=st.sampled_from([ReluSquaredMLP, GeluMLP, SwiGLU]),
+)
+def test_any_config_gives_the_same_logits_there_and_the_same_model_back(
+    numbers: dict[str, Any], switches: dict[str, bool], mlp: type[nn.Module]
+) -> None:
+    config = GPTConfig(dim=32, num_heads=4, **numbers, **switches)
+    model, ids = make(config, mlp), token_ids(seq=config.max_seq_len) % config.vocab_size
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        export(model, folder)
+        expected = model(ids)
+        for logits in (load(Path(folder))(ids).logits, from_transformers(folder).model(ids)):
+            torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4 * max(1.0, float(expected.abs().max())))
 
 
 @pytest.mark.parametrize("name", ["everything", "windows", "llama"])

@@ -208,6 +208,10 @@ def change_weights(folder: Path, edit: Callable[[dict[str, Tensor]], Any]) -> No
         ({"hidden_size": None}, "is not hidden_size=None"),
         ({"num_hidden_layers": 10**9}, "num_layers=1000000000"),
         ({"rms_norm_eps": "small"}, "could not convert string to float"),
+        ({"rope_scaling": "linear"}, "rope_scaling='linear' is no JSON object"),
+        ({"rope_parameters": [1]}, "rope_parameters=.1. is no JSON object"),
+        ({"hidden_act": ["silu"]}, "hidden_act=.'silu'. is not silu or swish"),
+        ({"head_dim": {"a": 1}}, "head_dim=.* times num_attention_heads=4 is not hidden_size=32"),
     ],
 )
 def test_a_field_without_counterpart_is_refused_by_name(fields: dict[str, Any], message: str, saved: Path) -> None:
@@ -332,3 +336,8 @@ def test_smollm2_gives_the_same_logits_and_the_same_perplexity(tmp_path: Path) -
     export(tmp_path / "saved", tmp_path / "exported")
     back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
     torch.testing.assert_close(back(ids[:, :16]).logits, logits[:, :16], rtol=0, atol=1e-3)
+
+
+def test_a_device_that_is_none_is_refused(saved: Path) -> None:
+    with pytest.raises(ConfigError, match="device='gpu' cannot be used here"):
+        from_transformers(saved, device="gpu")

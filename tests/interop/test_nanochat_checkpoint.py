@@ -270,3 +270,14 @@ def test_missing_and_endless_metadata_are_refused(folder: Path) -> None:
     path.write_text(" " * (17 << 20))
     with pytest.raises(CheckpointError, match="larger than 16,777,216 bytes"):
         load_checkpoint(folder)
+
+
+def test_wrong_devices_and_paths_say_what_to_do(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="device='gpu' cannot be used here"):
+        load_checkpoint(folder, device="gpu")
+    with pytest.raises(CheckpointError, match=r"model_\d+\.pt; it is a file, give its folder"):
+        load_checkpoint(next(folder.glob("model_*.pt")))
+    with pytest.raises(CheckpointError, match="has no step '100'; it has 100"):
+        load_checkpoint(folder, "100")  # type: ignore[arg-type]
+    with pytest.raises(CheckpointError, match=r"is of nanochat; read it with tinygpt\.interop\.nanochat"):
+        GPT.from_pretrained(folder)

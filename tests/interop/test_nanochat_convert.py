@@ -64,6 +64,19 @@ def test_the_short_window_is_that_of_the_version(era: int, short: int) -> None:
     assert [ours.window_tokens(layer) for layer in range(4)] == [short, short, short, None]
 
 
+@pytest.mark.parametrize("pattern", ["L", "SSSL"])
+def test_gates_of_32_channels_are_those_of_early_2026(pattern: str) -> None:
+    config = CONFIG | {"window_pattern": pattern}
+    weights = random_weights(config, era=2, gate_channels=32)
+    expected = logits_of(weights, config, IDS, base=10_000.0, scale=1.0, window=128)
+    model = model_of(weights, config)
+    assert_close(model(IDS), expected)
+    assert model.config is not None
+    assert (model.config.value_gate_channels, model.config.value_gate_scale) == (32, 2.0)
+    other = model_of(weights, config, value_gate_scale=3.0)(IDS)
+    assert (other - expected).abs().max() > 0.01 * expected.abs().max()
+
+
 def test_constants_that_are_not_in_the_files_can_be_given() -> None:
     config = CONFIG | {"window_pattern": "SL"}
     weights = random_weights(config, era=3)
@@ -73,7 +86,7 @@ def test_constants_that_are_not_in_the_files_can_be_given() -> None:
     assert convert_state_dict(weights, config, soft_cap=None)[0].soft_cap is None
 
 
-@pytest.mark.parametrize(("rows", "multiple"), [(128, 64), (100, 1)])
+@pytest.mark.parametrize(("rows", "multiple"), [(128, 64), (100, 1), (256, 256), (112, 16)])
 def test_rows_that_pad_the_vocabulary_are_kept_and_give_no_logits(rows: int, multiple: int) -> None:
     weights = random_weights(CONFIG, era=3, rows=rows)
     config, renamed = convert_state_dict(weights, CONFIG)
@@ -188,7 +201,7 @@ Change = Callable[[dict[str, Any]], Any]
         (lambda w: w.update(smear_lambda=torch.ones(1).to_sparse()), "dense floating-point"),
         (
             lambda w: w.update({f"transformer.h.{n}.attn.ve_gate.weight": torch.ones(2, 32) for n in (1, 3)}),
-            "32 channels",
+            r"ve_gate\.weight is \(2, 32\) and must be \(2, 12\)",
         ),
         (lambda w: [w.pop(n) for n in ("resid_lambdas", "x0_lambdas")], "no version of nanochat wrote these parts"),
         (lambda w: w.clear(), "without any"),

@@ -106,3 +106,15 @@ def test_a_model_is_not_pushed_under_no_name_nor_without_a_config() -> None:
     own.config = None
     with pytest.raises(ConfigError, match="assembled without a config"):
         own.push_to_hub("user/tiny")
+
+
+def test_what_is_no_tokenizer_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    model = tiny()
+    with pytest.raises(ConfigError, match=r"tokenizer=.gpt2. is no tinygpt\.tokenizer\.Tokenizer"):
+        model.save_pretrained(tmp_path / "model", "gpt2")  # type: ignore[arg-type]
+    assert not (tmp_path / "model").exists()
+
+
+def test_an_argument_of_another_library_is_refused_before_anything_is_asked() -> None:
+    with pytest.raises(ConfigError, match="from_pretrained has no argument 'torch_dtype'; besides revision, device"):
+        GPT.from_pretrained("user/never-asked-for", torch_dtype="bfloat16")  # type: ignore[arg-type]

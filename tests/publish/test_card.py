@@ -65,8 +65,14 @@ def test_the_numbers_are_those_of_the_record(run: Path) -> None:
     assert row(text, "fingerprint of the text") == f"`{state['loader']['source_fingerprint']}`"
     assert row(text, "fingerprint of the tokenizer") == f"`{ByteTokenizer().fingerprint()}`"
     assert row(text, "optimizer") == "MuonAdamW"
-    assert row(text, "device") == "cpu"
-    assert row(text, "torch version") == plain(state["environment"]["torch version"])
+    start = read_metrics(run / "metrics.jsonl")[0]["environment"]
+    assert row(text, "hardware") == plain(f"cpu, {start['system']}, {start['threads']} threads")
+    versions = f"tinygpt {start['tinygpt']}, torch {start['torch']}, python {start['python']}"
+    assert row(text, "versions") == plain(versions)
+    assert row(text, "batch") == "64 tokens a step, as 1 times 2 rows of 32"
+    assert row(text, "seed") == "0"
+    assert row(text, "tokenizer") == "ByteTokenizer of 257 ids"
+    assert row(text, "parameters by role").startswith("token embedding 5120, value embeddings 5120, head 5120")
     assert row(text, "precision") == "torch.float32".replace("_", r"\_")
     losses = [line["loss"] for line in read_metrics(run / "metrics.jsonl") if line["event"] == "step"]
     assert row(text, "training loss, mean of the last 6 steps") == f"{sum(losses) / 6:.4f}"
@@ -90,6 +96,36 @@ def test_a_checkpoint_before_the_resume_tells_nothing_of_later(run: Path) -> Non
     found = [line for line in read_metrics(run / "metrics.jsonl") if line["event"] == "evaluation" and line["step"] < 4]
     assert row(text, "after 4 steps, the last").startswith(f"{found[-1]['bpb']:.4f} | `{found[-1]['data_hash']}`")
     assert "after 6 steps" not in text
+
+
+def test_other_hardware_and_data_on_the_way_are_told_from_where_they_began(run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "tiny"
+    shutil.copytree(run, copy)
+    metrics = copy / "metrics.jsonl"
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    second = [line for line in lines if line["event"] == "run"][-1]
+    assert second["step"] == 3
+    second["environment"] |= {"device_name": "Some GPU", "device_memory_bytes": 12 << 30, "world_size": 2}
+    second["data"]["source_fingerprint"] = "other"
+    metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = model_card(copy)
+    assert re.search(r"^\| hardware \| cpu, .*; then 2 x Some GPU with 12 GiB, ", text, re.MULTILINE)
+    assert row(text, "fingerprint of the text").endswith("; then other")
+    before = model_card(copy / "checkpoints" / "step-000004")
+    assert "Some GPU" not in before
+    assert "then other" not in before
+
+
+def test_a_run_without_a_record_of_its_starts_tells_what_its_checkpoint_does(run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "tiny"
+    shutil.copytree(run, copy)
+    metrics = copy / "metrics.jsonl"
+    metrics.write_text("".join(x for x in metrics.read_text().splitlines(True) if json.loads(x)["event"] != "run"))
+    text = model_card(copy)
+    state = json.loads((choose_checkpoint(copy) / "state.json").read_text())["state"]
+    assert row(text, "device") == "cpu"
+    assert row(text, "torch version") == plain(state["environment"]["torch version"])
+    assert row(text, "seed") == "not recorded"
 
 
 def test_a_model_without_a_record_says_so(tmp_path: Path) -> None:
@@ -133,7 +169,12 @@ def test_hostile_values_in_a_run_stay_values(run: Path, tmp_path: Path) -> None:
     shutil.copytree(run, copy)
     state = copy / "checkpoints" / "step-000006" / "state.json"
     document = json.loads(state.read_text())
-    document["state"]["environment"]["device"] = "x\n---\nlicense: mit\n---\n| <script> [a](http://b)"
+    hostile = "x\n---\nlicense: mit\n---\n| <script> [a](http://b)"
+    metrics = copy / "metrics.jsonl"
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    lines[0]["environment"]["device_name"] = hostile
+    lines[0]["model"]["parameters"] = {hostile: hostile}
+    metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
     document["state"]["loader"]["source_fingerprint"] = {"$tensor": "`` ` ``"}
     state.write_text(json.dumps(document))
     text = model_card(copy)
@@ -141,7 +182,7 @@ def test_hostile_values_in_a_run_stay_values(run: Path, tmp_path: Path) -> None:
     card = load(text, tmp_path)
     assert card.data.license is None
     assert "<script>" not in text
-    assert len(re.findall(r"^\| device \|", text, re.MULTILINE)) == 1
+    assert len(re.findall(r"^\| hardware \|", text, re.MULTILINE)) == 1
     assert re.search(r"^# a \\\| b \\# c$", text, re.MULTILINE)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from hub_client import HubClient
+from hub_client import ClientError, HubClient
 from hub_server import HubServer, yaml_errors
 from tinygpt.errors import CheckpointError
 from tinygpt.publish import files_to_push, push_model
@@ -230,6 +230,9 @@ def test_what_does_not_pass_ends_in_one_sentence_without_the_token(
     assert text in message
     assert "hf_secret123" not in message
     assert "\n" not in message
+    with pytest.raises(ClientError) as caught:
+        client.run(PUSH, source=str(plain), options={"tags": "t"})
+    assert "hf_secret123" not in str(caught.value)  # nor in the traceback
     assert hub.repos["user/tiny"].tags == {}
 
 

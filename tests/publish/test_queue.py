@@ -12,7 +12,7 @@ from hub_client import HubClient, start_client
 from hub_server import HubServer
 from tinygpt.checkpoint import list_checkpoints
 from tinygpt.errors import ConfigError, HubError
-from tinygpt.publish import PushQueue, finish_pushes, pending_pushes
+from tinygpt.publish import PushQueue, _pending, finish_pushes, pending_pushes
 from tinygpt.publish._pending import lock
 
 TESTS = str(Path(__file__).parent.parent)
@@ -348,3 +348,76 @@ def test_wrong_settings_are_refused_before_training() -> None:
         PushQueue("user/tiny", wait_seconds=-1)
     with pytest.raises(ConfigError, match="max_pending=1 is too few"):
         PushQueue("user/tiny", max_pending=1)
+
+
+def test_a_push_made_while_the_queue_is_read_is_no_error(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    queue = PushQueue("user/tiny")
+    first, second = (queue._add(Path(checkpoint)) for checkpoint in checkpoints_of(copy)[:2])
+    folder = copy / "push-queue"
+    listed = sorted(folder.iterdir())
+    _pending.drop_push(folder, first)  # by another thread, after the folder was listed
+    monkeypatch.setattr(Path, "is_dir", lambda path: path == folder or path in listed)
+    monkeypatch.setattr(Path, "iterdir", lambda path: iter(listed))
+    assert pending_pushes(copy) == [second]
+
+
+def test_what_is_set_aside_is_never_in_the_way(hub: HubServer, client: HubClient, copy: Path) -> None:
+    for _ in range(2):
+        PushQueue("user/tiny")._add(Path(checkpoints_of(copy)[0]))
+        (entry,) = (copy / "push-queue").glob("0*")
+        (entry / "model" / "model.safetensors").unlink()
+        (entry / "model" / "model.safetensors").write_bytes(b"x")
+        assert do(client, "result = finish_pushes(out)", copy) == []
+    assert len(list((copy / "push-queue").glob("damaged-*"))) == 2
+
+
+def test_a_checkpoint_that_a_crash_kept_out_of_the_queue_follows_with_the_next(copy: Path) -> None:
+    first, second, third = (Path(checkpoint) for checkpoint in checkpoints_of(copy))
+    queue = PushQueue("user/tiny")
+    assert queue._missed(third) == []  # of a run that was not pushed so far nothing is missed
+    queue._add(first)
+    assert queue._missed(third) == [second]
+    (copy / "push-queue" / "pushed.jsonl").write_text('{"push": "000001-step-000004"}\n{"pu')
+    shutil.rmtree(copy / "push-queue" / "000001-step-000002")
+    assert PushQueue("user/tiny")._missed(third) == []
+    (copy / "push-queue" / "pushed.jsonl").write_text('{"push": "000001-step-000002"}\n{"pu')
+    assert PushQueue("user/tiny")._missed(third) == [second]
+
+
+def test_every_tag_arrives_when_a_checkpoint_was_missed(hub: HubServer, client: HubClient, copy: Path) -> None:
+    code = """
+for index in (0, 2):
+    with PushQueue("user/tiny") as queue:
+        queue(Path(checkpoints[index]))
+"""
+    do(client, code, copy)
+    assert tags_in_order(hub) == ["step-2", "step-4", "step-6"]
+
+
+def test_half_made_pushes_of_a_process_that_died_go_after_a_day(copy: Path) -> None:
+    PushQueue("user/tiny")._add(Path(checkpoints_of(copy)[0]))
+    old, new = (copy / "push-queue" / f".new-{number}-1" for number in (1, 2))
+    for folder in (old, new):
+        folder.mkdir()
+    os.utime(old, (time.time() - 90_000,) * 2)
+    with lock(copy / "push-queue"):
+        pass
+    assert (old.exists(), new.exists()) == (False, True)
+
+
+def test_a_run_that_was_moved_keeps_its_card(hub: HubServer, client: HubClient, run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "before")
+    PushQueue("user/tiny")._add(Path(checkpoints_of(tmp_path / "before")[2]))
+    (tmp_path / "before").rename(tmp_path / "after")
+    do(client, "finish_pushes(out)", tmp_path / "after")
+    assert "| after 6 steps, the last |" in hub.repos["user/tiny"].files()["README.md"].decode()
+
+
+def test_a_record_of_nonsense_costs_the_card_and_not_the_push(
+    hub: HubServer, client: HubClient, run: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(run, tmp_path / "tiny")
+    with (tmp_path / "tiny" / "metrics.jsonl").open("a") as file:
+        file.write('{"event": "resume", "step": 1, "changes": 7}\n')
+    PushQueue("user/tiny")._add(Path(checkpoints_of(tmp_path / "tiny")[2]))
+    assert len(do(client, "result = finish_pushes(out)", tmp_path / "tiny")) == 1

@@ -2,11 +2,12 @@
 
 import contextlib
 import hashlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from tinygpt.errors import HubError
-from tinygpt.hub._names import MODEL_FILES, is_repo_id, matching
+from tinygpt.hub._names import MODEL_FILES, check_token, is_repo_id, matching
 from tinygpt.hub._retry import DamagedFileError, with_retries
 
 
@@ -43,14 +44,16 @@ def resolve(
 
     Raises:
         ConfigError: If `retries` is negative.
-        HubError: If there is no such folder and no such repository, access is refused, the Hub keeps failing, or
-            what it sends is damaged every time.
+        HubError: If there is no such folder and no such repository, the revision or the token is no text that could
+            be one, access is refused, the Hub keeps failing, or what it sends is damaged every time.
 
     Example:
         ```python
         folder = resolve("tinygpt-dev/d12-rtx4070", revision="step-87000")
         ```
     """
+    if not isinstance(name_or_path, str | os.PathLike):
+        raise HubError(f"{name_or_path!r} is neither a folder nor a Hub name; give a path, or 'user/repo'.")
     path = Path(name_or_path).expanduser()
     if path.is_dir() and str(name_or_path):  # Path("") is the working folder, which an empty setting does not mean
         return path
@@ -62,6 +65,10 @@ def resolve(
             f"{repo_id!r} is neither an existing folder (looked in {str(path.absolute().parent)!r}) nor a Hub name, "
             "which reads 'user/repo'; check the spelling of the path."
         )
+
+    check_token(token)
+    if revision is not None and not (isinstance(revision, str) and revision.isprintable() and revision.strip()):
+        raise HubError(f"revision={revision!r} is no name of a branch, tag or commit; None is the main branch.")
 
     from huggingface_hub import snapshot_download
 

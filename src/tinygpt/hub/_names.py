@@ -30,13 +30,25 @@ def check_repo_id(repo_id: str) -> None:
         raise HubError(f"{repo_id!r} is not a Hub name; give 'user/repo', in letters, digits, '-', '_' and '.'.")
 
 
+def check_token(token: str | None) -> None:
+    """Raise `HubError` unless a token can be sent: with a line end in it no request leaves, and the client repeats it.
+
+    The message does not show the token.
+    """
+    if token is not None and not (isinstance(token, str) and re.fullmatch("[!-~]+", token)):
+        raise HubError(
+            "the access token is no word of printable ASCII characters; pass the one from the Hub's settings page, "
+            "such as 'hf_...', without spaces or line ends, or token=None for that of the login."
+        )
+
+
 def check_tags(tags: str | Sequence[str]) -> list[str]:
     """Return the names of tags or branches as a list; one may be given as a string.
 
     Raises:
         HubError: If one cannot be such a name.
     """
-    names = [tags] if isinstance(tags, str) else list(tags)
+    names = list(tags) if isinstance(tags, Sequence) and not isinstance(tags, str) else [tags]
     for name in names:
         bad = not isinstance(name, str) or not _REFERENCE.fullmatch(name) or ".." in name or name.endswith(".lock")
         if bad or name.endswith("."):

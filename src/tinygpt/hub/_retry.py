@@ -48,7 +48,9 @@ def with_retries(action: Callable[[], _Result], task: str, retries: int) -> _Res
             if attempt == retries or not passing or asked > _LONGEST_ASKED_SECONDS:
                 tries = f" after {attempt + 1} tries" if attempt else ""
                 kind = PassingHubError if passing else HubError
-                raise kind(f"{task}{tries}: {_without_tokens(_reason(error))}") from error
+                # Errors of requests and answers can quote the token; any other is worth its traceback.
+                cause = None if passing or http_status(error) else error
+                raise kind(f"{task}{tries}: {_without_tokens(_reason(error))}") from cause
         # A quarter more or less, so that many who lost the Hub at once do not all come back at once.
         wait = min(_FIRST_WAIT_SECONDS * 2**attempt, _LONGEST_WAIT_SECONDS) * _jitter.uniform(0.75, 1.25)
         time.sleep(max(wait, asked))
@@ -161,4 +163,4 @@ def _reason(error: BaseException) -> str:
 
 def _without_tokens(text: str) -> str:
     """Blank out what looks like an access token: some servers and proxies repeat what they were sent."""
-    return re.sub(r"hf_[A-Za-z0-9]{4,}|(?i:bearer)\s+\S+", "<token>", text)
+    return re.sub(r"(?:hf|api_org)_[A-Za-z0-9]{4,}|(?i:bearer)\s+\S+", "<token>", text)

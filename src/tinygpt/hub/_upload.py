@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from tinygpt.errors import HubError
 from tinygpt.hub._download import git_hash, sha256
-from tinygpt.hub._names import MODEL_FILES, check_repo_id, check_tags, matching
+from tinygpt.hub._names import MODEL_FILES, check_repo_id, check_tags, check_token, matching
 from tinygpt.hub._retry import check_retries, http_status, with_retries
 
 if TYPE_CHECKING:
@@ -67,6 +67,7 @@ def upload_folder(
     tags = check_tags(tags)
     if branch is not None:
         check_tags(branch)
+    check_token(token)
     check_retries(retries)
 
     from huggingface_hub import CommitOperationAdd, HfApi, get_token

@@ -19,7 +19,7 @@ class CausalSelfAttention(nn.Module):
     """Multi-head attention of each position over itself and the positions before it.
 
     With a value embedding, a second value looked up by token id is added to the projected one, weighted per
-    key/value head by `3 * sigmoid(gate)`, where the gate is linear in the first channels of the input.
+    key/value head by `value_gate_scale * sigmoid(gate)`, where the gate is linear in the first channels of the input.
 
     Args:
         dim: Width of the residual stream.
@@ -33,6 +33,7 @@ class CausalSelfAttention(nn.Module):
         norm_eps: `eps` of that norm, as for `RMSNorm`.
         value_embedding: Table from token ids to `num_kv_heads * head_dim` channels; `None` for none.
         value_gate_channels: Leading channels of the input that the gate of the value embedding reads.
+        value_gate_scale: What that gate can reach.
 
     Raises:
         ConfigError: If the heads do not divide, the table has another width, or the gate reads more than `dim`.
@@ -56,6 +57,7 @@ class CausalSelfAttention(nn.Module):
         norm_eps: float | None = None,
         value_embedding: nn.Embedding | None = None,
         value_gate_channels: int = 12,
+        value_gate_scale: float = 3.0,
     ) -> None:
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
@@ -68,6 +70,7 @@ class CausalSelfAttention(nn.Module):
         self.window_tokens = window_tokens
         self.qk_norm = qk_norm
         self.norm_eps = norm_eps
+        self.value_gate_scale = value_gate_scale
         # Scaling q and k by s each scales their product by s squared: one number for the kernel, no pass over memory.
         self.score_scale = self.head_dim**-0.5 * (qk_scale**2 if qk_norm else 1.0)
         kv_dim = num_kv_heads * self.head_dim
@@ -116,7 +119,7 @@ class CausalSelfAttention(nn.Module):
         if self.value_embedding is not None and self.value_gate is not None:
             if token_ids is None:
                 raise ConfigError("this attention has a value embedding: call it with token_ids=(batch, seq) as well.")
-            gate = 3.0 * torch.sigmoid(self.value_gate(x[..., : self.value_gate.in_features]))
+            gate = self.value_gate_scale * torch.sigmoid(self.value_gate(x[..., : self.value_gate.in_features]))
             extra = rearrange(self.value_embedding(token_ids).to(x.dtype), _SPLIT_HEADS, head_dim=self.head_dim)
             v = v + rearrange(gate, "batch seq kv_heads -> batch kv_heads seq 1") * extra
         if x.shape[1] == 1:

@@ -2,6 +2,8 @@
 
 from tinygpt.model._config import GPTConfig as GPTConfig
 from tinygpt.model._counts import ParameterCounts as ParameterCounts
+from tinygpt.model._files import check_device as check_device
+from tinygpt.model._files import check_tokenizer as check_tokenizer
 from tinygpt.model._files import describe_blocks as describe_blocks
 from tinygpt.model._files import independent_tensors as independent_tensors
 from tinygpt.model._files import write_model as write_model
@@ -13,6 +15,8 @@ __all__ = [
     "GPTConfig",
     "ParameterCounts",
     "PartFactory",
+    "check_device",
+    "check_tokenizer",
     "describe_blocks",
     "independent_tensors",
     "write_model",

@@ -38,6 +38,8 @@ class GPTConfig(Config):
         norm_eps: Added under the root in every norm; `None` for the machine epsilon of the dtype. Llama takes 1e-5.
         embedding_norm: Whether the embedding is normalized before the first block.
         value_embeddings: Whether every second layer, the last included, adds a value embedding.
+        value_gate_channels: Leading channels of its input that the gate of a value embedding reads, at most `dim`.
+        value_gate_scale: What that gate can reach.
         residual_scales: Whether each block scales its input by a learned scalar.
         x0_scales: Whether each block adds a learned share of the embedding.
         smear: Whether each embedding is mixed with the one before it.
@@ -75,6 +77,8 @@ class GPTConfig(Config):
     norm_eps: PositiveFloat | None = None
     embedding_norm: bool = True
     value_embeddings: bool = True
+    value_gate_channels: Positive = 12
+    value_gate_scale: PositiveFloat = 3.0
     residual_scales: bool = True
     x0_scales: bool = True
     smear: bool = True

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tinygpt.errors import CheckpointError, ConfigError
 from tinygpt.manifest import MANIFEST_FILE, check_manifest, check_tensor_file, read_json
 from tinygpt.model._config import GPTConfig
+from tinygpt.tokenizer import Tokenizer
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -51,6 +52,40 @@ def _write_model(folder: Path, config: GPTConfig, blocks: list[str], weights: di
     temporary.replace(folder / CONFIG_FILE)
 
 
+def check_device(device: torch.device | str) -> torch.device:
+    """Return the device, after putting an empty tensor there.
+
+    Raises:
+        ConfigError: If torch has no such device here.
+    """
+    try:
+        checked = torch.device(device)
+        torch.empty(0, device=checked)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"device={device!r} cannot be used here ({reason}); take 'cpu', or 'cuda' with a GPU."
+        ) from None
+    return checked
+
+
+def check_tokenizer(tokenizer: Tokenizer, config: GPTConfig) -> None:
+    """Refuse a tokenizer that does not go with a model.
+
+    Raises:
+        ConfigError: If it is none of this library's kind, or has more ids than the model.
+    """
+    if not all(hasattr(tokenizer, name) for name in ("vocab_size", "bos_token_id", "encode_batch", "save")):
+        raise ConfigError(
+            f"tokenizer={tokenizer!r:.80} is no tinygpt.tokenizer.Tokenizer; load_tokenizer(folder) gives one."
+        )
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ConfigError(
+            f"the tokenizer has {tokenizer.vocab_size} ids, more than the model's vocab_size="
+            f"{config.vocab_size}: give the tokenizer the model was trained with."
+        )
+
+
 def independent_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return contiguous tensors of which no two share memory, as the file format wants: tied weights are copied."""
     result: dict[str, Tensor] = {}
@@ -72,11 +107,16 @@ def read_config(folder: Path) -> GPTConfig:
     path = folder / CONFIG_FILE
     if not path.exists() and (folder / "checkpoints").is_dir():
         raise CheckpointError(f"{folder} is a run, not a model; load one of the folders in {folder / 'checkpoints'}.")
+    if not path.exists() and any(folder.glob("model_*.pt")):
+        raise CheckpointError(f"{folder} is of nanochat; read it with tinygpt.interop.nanochat.load_checkpoint.")
     if (folder / MANIFEST_FILE).exists():
         check_manifest(folder, only=(CONFIG_FILE, WEIGHTS_FILE))
     fields = read_json(path)
     if fields.pop("model_type", None) != "tinygpt":
-        raise CheckpointError(f'{path} is not the config of a tinygpt model (no "model_type": "tinygpt").')
+        raise CheckpointError(
+            f'{path} is not the config of a tinygpt model (no "model_type": "tinygpt"); '
+            "tinygpt.interop.huggingface.from_transformers reads some of transformers'."
+        )
     fields.pop("blocks", None)
     version = fields.pop("format_version", None)
     if version != _FORMAT_VERSION:

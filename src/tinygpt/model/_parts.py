@@ -60,5 +60,6 @@ class StandardAttention:
             qk_scale=config.qk_scale,
             norm_eps=config.norm_eps,
             value_embedding=table,
-            value_gate_channels=min(12, config.dim),
+            value_gate_channels=min(config.value_gate_channels, config.dim),
+            value_gate_scale=config.value_gate_scale,
         )

@@ -16,6 +16,8 @@ from tinygpt.model._files import (
     CONFIG_FILE,
     WEIGHTS_FILE,
     check_blocks,
+    check_device,
+    check_tokenizer,
     describe_blocks,
     load_weights,
     read_config,
@@ -23,6 +25,8 @@ from tinygpt.model._files import (
 )
 from tinygpt.model._parts import PartFactory
 from tinygpt.tokenizer import Tokenizer
+
+_PARTS = ("mlp", "attention", "block")
 
 
 class PretrainedFiles(nn.Module):
@@ -51,17 +55,14 @@ class PretrainedFiles(nn.Module):
             tokenizer: Saved beside them, so that `load_tokenizer` finds it in the same folder.
 
         Raises:
-            ConfigError: If the model was assembled without a config, or the tokenizer has more ids than the model.
+            ConfigError: If the model was assembled without a config, or the tokenizer is none or has more ids.
             CheckpointError: If the folder is a checkpoint of a run, or a file cannot be written.
         """
         folder = Path(folder)
         if self.config is None:
             raise ConfigError("this GPT was assembled without a config: give GPT(config=...) to save it.")
-        if tokenizer is not None and tokenizer.vocab_size > self.config.vocab_size:
-            raise ConfigError(
-                f"the tokenizer has {tokenizer.vocab_size} ids, more than the model's vocab_size="
-                f"{self.config.vocab_size}: give the one that the model was trained with."
-            )
+        if tokenizer is not None:
+            check_tokenizer(tokenizer, self.config)
         if (folder / MANIFEST_FILE).exists():  # whose hashes would then be wrong
             raise CheckpointError(f"{folder} is a checkpoint, which is written as a whole; choose another folder.")
         # Blocks that torch.compile wrapped one by one are saved under the names of the blocks.
@@ -96,7 +97,7 @@ class PretrainedFiles(nn.Module):
             **parts: The factories the model was built with, as for `from_config`.
 
         Raises:
-            ConfigError: If device or dtype is none that torch can put weights in.
+            ConfigError: If device or dtype is none that torch can put weights in, or a part has another name.
             HubError: If it is neither a folder nor a repository that can be read.
             CheckpointError: If a file is missing or damaged, or names or shapes do not fit.
 
@@ -105,7 +106,12 @@ class PretrainedFiles(nn.Module):
             model = GPT.from_pretrained("user/repo", revision="step-87000", dtype=torch.bfloat16)
             ```
         """
-        device = _checked_device(device)
+        device = check_device(device)
+        if unknown := parts.keys() - set(_PARTS):
+            raise ConfigError(
+                f"from_pretrained has no argument {min(unknown)!r}; besides revision, device, dtype, cache_dir, "
+                f"local_files_only and token it takes the parts {', '.join(_PARTS)}."
+            )
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise ConfigError(f"dtype {dtype!r} is not a floating-point dtype; use torch.bfloat16 for example.")
         folder = hub.resolve(
@@ -172,15 +178,3 @@ class PretrainedFiles(nn.Module):
                 tags=tags,
                 token=token,
             )
-
-
-def _checked_device(device: torch.device | str) -> torch.device:
-    try:
-        checked = torch.device(device)
-        torch.empty(0, device=checked)
-    except (RuntimeError, AssertionError, TypeError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(
-            f"device={device!r} cannot be used here ({reason}); take 'cpu', or 'cuda' with a GPU."
-        ) from None
-    return checked

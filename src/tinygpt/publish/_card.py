@@ -1,7 +1,7 @@
 """The model card: what a run's own record says, and nothing else."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -180,7 +180,7 @@ def _loading(record: RunRecord, repo_id: str | None, revision: str | None) -> st
     if repo_id is not None:
         where += f', revision="{revision}")' if revision else ")"
     own = _own_blocks(record)
-    lines = ["```python", "from tinygpt import GPT"]
+    lines = ["```bash", "pip install tinygpt", "```", "", "```python", "from tinygpt import GPT"]
     if record.has_tokenizer:
         lines.append("from tinygpt.generate import stream_text")
     if repo_id is not None:
@@ -224,6 +224,8 @@ def _architecture(record: RunRecord) -> str:
         ("stored as", ", ".join(f"{dtype} {count:,}" for dtype, count in record.parameters.items())),
     ]
     rows += [("size of the weights", f"{size / 1e6:,.1f} MB")] if size else []
+    roles = record.each_start(lambda of: _counts(of("model", "parameters")))
+    rows += [("parameters by role", roles)] if roles else []
     rows += [(key, "none given" if value is None else value) for key, value in c.model_dump().items()]
     kinds = list(dict.fromkeys(record.blocks))
     rows += [("blocks", "; ".join(kinds[:4]) + (" ..." if len(kinds) > 4 else ""))] if kinds else []
@@ -235,8 +237,9 @@ def _data(record: RunRecord, datasets: Sequence[str]) -> str:
     loader = record.fact("loader", "settings")
     rows: list[tuple[str, Any]] = [
         ("data sets", ", ".join(datasets) or None),
-        ("fingerprint of the text", record.fact("loader", "source_fingerprint")),
-        ("fingerprint of the tokenizer", record.fact("loader", "tokenizer_fingerprint")),
+        ("fingerprint of the text", _known(record, "source_fingerprint")),
+        ("tokenizer", record.each_start(lambda of: _tokenizer(of("data", "tokenizer"), of("data", "vocab_size")))),
+        ("fingerprint of the tokenizer", _known(record, "tokenizer_fingerprint")),
         ("tokens trained on", record.fact("tokens")),
         ("whole passes over the data", steps[-1].get("epoch") if steps else None),
     ]
@@ -254,21 +257,66 @@ def _training(record: RunRecord) -> str:
     rows: list[tuple[str, Any]] = [
         ("steps", record.step),
         ("optimizer", record.fact("optimizer_class")),
+        ("seed", record.each_start(lambda of: of("seed"))),
+        ("batch", record.each_start(lambda of: _batch(of))),
         ("training time", _duration(seconds) if _is_number(seconds) else None),
         ("speed, median", f"{median(speeds):,.0f} tokens a second" if speeds else None),
         (f"training loss, mean of the last {len(losses)} steps", f"{fmean(losses):.4f}" if losses else None),
         ("peak memory", f"{peak / 2**20:,.0f} MiB" if isinstance(peak, int | float) else None),
     ]
-    for part in ("settings", "environment"):
-        facts = record.fact(part)
-        if isinstance(facts, dict):
-            rows += [(key, "none" if value is None else value) for key, value in facts.items()]
-        else:
-            rows.append((_MISSING_PART[part], None))
+    settings, environment = record.fact("settings"), record.fact("environment")
+    if isinstance(settings, dict):
+        rows += [(key, "none" if value is None else value) for key, value in settings.items()]
+    else:
+        rows.append(("schedules, precision", None))
+    if record.events("run"):
+        rows += [("hardware", record.each_start(_hardware)), ("versions", record.each_start(_versions))]
+    elif isinstance(environment, dict):  # of a run from before such a record was written
+        rows += [(key, "none" if value is None else value) for key, value in environment.items()]
+    else:
+        rows.append(("hardware, versions", None))
     return table(("", ""), rows)
 
 
-_MISSING_PART = {"settings": "batch, schedules, precision", "environment": "hardware, versions"}
+Values = Callable[..., Any]
+
+
+def _known(record: RunRecord, name: str) -> Any:
+    """Return a fingerprint of all starts, or the one that the checkpoint was saved with."""
+    return record.each_start(lambda of: of("data", name)) or record.fact("loader", name)
+
+
+def _counts(roles: Any) -> str | None:
+    if not isinstance(roles, dict):
+        return None
+    return ", ".join(f"{str(role).replace('_', ' ')} {number(count)}" for role, count in roles.items())
+
+
+def _tokenizer(name: Any, vocab_size: Any) -> str | None:
+    return None if name is None else f"{name} of {vocab_size} ids"
+
+
+def _batch(of: Values) -> str | None:
+    tokens, rows, seq_len, parts = (of("batch", name) for name in ("tokens", "rows", "seq_len", "micro_batches"))
+    processes = of("environment", "world_size")
+    if tokens is None:
+        return None
+    text = f"{tokens} tokens a step" + (f", as {parts} times {rows} rows of {seq_len}" if parts and rows else "")
+    return text + (f" on each of {processes} processes" if processes not in (None, 1) else "")
+
+
+def _hardware(of: Values) -> str:
+    name, processes, memory = (of("environment", key) for key in ("device_name", "world_size", "device_memory_bytes"))
+    text = str(name or of("environment", "device"))
+    if _is_number(processes) and processes > 1:
+        text = f"{processes} x {text}"
+    if _is_number(memory):
+        text += f" with {memory / 2**30:,.0f} GiB"
+    return f"{text}, {of('environment', 'system')}, {of('environment', 'threads')} threads"
+
+
+def _versions(of: Values) -> str:
+    return ", ".join(f"{name} {of('environment', name)}" for name in ("tinygpt", "torch", "python"))
 
 
 def _changes(record: RunRecord) -> str:

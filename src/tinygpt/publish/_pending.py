@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import shutil
 import sys
 import time
@@ -13,14 +14,18 @@ from pathlib import Path
 from pydantic import Field
 
 from tinygpt import hub
+from tinygpt.checkpoint import checkpoint_step
 from tinygpt.config import Config
-from tinygpt.errors import CheckpointError, ConfigError, HubError, TinyGPTError
+from tinygpt.errors import CheckpointError, ConfigError, HubError
 from tinygpt.manifest import read_json
 from tinygpt.publish._push import check_whole, files_to_push, stage, write_card
 
 QUEUE_FOLDER = "push-queue"
 _ENTRY_FILE = "push.json"
 _MODEL_FOLDER = "model"
+_ENTRY = re.compile(r"(?:damaged-|\.gone-)?(?P<number>\d+)-(?P<checkpoint>.+)")
+# Filling a new folder takes moments, or minutes where files are copied; one this old is of a process that died.
+_STALE_SECONDS = 24 * 3600
 
 logger = logging.getLogger("tinygpt")
 
@@ -78,7 +83,15 @@ def pending_pushes(folder: str | Path) -> list[PendingPush]:
     if not queue.is_dir():
         return []
     found = sorted(path for path in queue.iterdir() if path.is_dir() and path.name[:1].isdigit())
-    return [_read(path) for path in found]
+    pushes = []
+    for path in found:
+        try:
+            pushes.append(_read(path))
+        except HubError:
+            if path.exists():
+                raise
+            # Made meanwhile, by another thread or process.
+    return pushes
 
 
 def finish_pushes(
@@ -129,6 +142,24 @@ def finish_pushes(
     return commits
 
 
+def newest_step(queue: Path) -> int | None:
+    """Return the largest step of all that was ever put into a queue; `None` for an empty one."""
+    names = [match["checkpoint"] for path in _entries(queue) if (match := _ENTRY.fullmatch(path.name))]
+    if (queue / "pushed.jsonl").exists():
+        for line in (queue / "pushed.jsonl").read_text("utf-8", "replace").splitlines():
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # a crash may have cut a line off
+                names.append(str(json.loads(line)["push"]).partition("-")[2])
+    return max((step for name in names if (step := step_of(name)) is not None), default=None)
+
+
+def step_of(checkpoint: str | Path) -> int | None:
+    """Return the steps done in a checkpoint, from its name; `None` if it is named otherwise."""
+    try:
+        return checkpoint_step(checkpoint)
+    except CheckpointError:
+        return None
+
+
 def queue_folder(folder: str | Path) -> Path:
     """Return the queue of a run; a queue is its own."""
     path = Path(folder)
@@ -142,7 +173,9 @@ def add_push(queue: Path, model: Path, push: PendingPush) -> PendingPush:
     try:
         stage(model, temporary / _MODEL_FOLDER, Path.hardlink_to)
         while True:
-            number = 1 + max((int(other.name.partition("-")[0]) for other in pending_pushes(queue)), default=0)
+            # Of all that is there, so that what is set aside or being deleted is never in the way.
+            taken = [int(match["number"]) for path in _entries(queue) if (match := _ENTRY.fullmatch(path.name))]
+            number = 1 + max(taken, default=0)
             push = push.replace(name=f"{number:06d}-{model.name}")
             (temporary / _ENTRY_FILE).write_text(push.to_json(), encoding="utf-8")
             try:
@@ -174,8 +207,10 @@ def make_push(queue: Path, push: PendingPush, *, token: str | None, retries: int
         return None
     try:
         run = None if push.run is None else Path(push.run)
+        if run is not None and not run.is_dir():
+            run = queue.parent  # a run that was moved takes its queue along
         write_card(model, run=run, repo_id=push.repo_id, tags=push.tags, license=push.license, datasets=push.datasets)
-    except (TinyGPTError, OSError) as error:
+    except Exception as error:  # whatever a record or the drawing of it holds, the model is worth more than its card
         logger.warning("%s is pushed without a card: %s", push.name, error)
     try:
         commit = hub.upload_folder(
@@ -190,7 +225,8 @@ def make_push(queue: Path, push: PendingPush, *, token: str | None, retries: int
             retries=retries,
         )
     except HubError as error:
-        _write(entry, push.replace(tries=push.tries + 1, error=str(error).replace(token or "\0", "<token>")))
+        with contextlib.suppress(OSError):  # a full disk must not hide why the push failed
+            _write(entry, push.replace(tries=push.tries + 1, error=str(error).replace(token or "\0", "<token>")))
         raise
     with (queue / "pushed.jsonl").open("a", encoding="utf-8") as file:
         done = {"push": push.name, "repo_id": push.repo_id, "tags": push.tags, "commit": commit}
@@ -222,8 +258,10 @@ def lock(queue: Path) -> Iterator[bool]:
         except OSError:
             yield False
             return
-        for leftover in [*queue.glob(".gone-*")]:
-            shutil.rmtree(leftover, ignore_errors=True)
+        for leftover in [*queue.glob(".gone-*"), *queue.glob(".new-*")]:
+            with contextlib.suppress(OSError):  # another process may be done with it by now
+                if leftover.name.startswith(".gone-") or time.time() - leftover.stat().st_mtime > _STALE_SECONDS:
+                    shutil.rmtree(leftover, ignore_errors=True)
         yield True
 
 
@@ -235,6 +273,10 @@ def _read(entry: Path) -> PendingPush:
     if push.version != 1:
         raise HubError(f"{entry} is of version {push.version}; this tinygpt reads version 1.")
     return push.replace(name=entry.name)
+
+
+def _entries(queue: Path) -> list[Path]:
+    return list(queue.iterdir()) if queue.is_dir() else []
 
 
 def _write(entry: Path, push: PendingPush) -> None:

@@ -171,7 +171,9 @@ def write_card(
         datasets=datasets,
         picture=PICTURE_FILE if _draw(record, staged) else None,
     )
-    (staged / CARD_FILE).write_text(text, encoding="utf-8", newline="\n")
+    temporary = staged / f".{CARD_FILE}.tmp"
+    temporary.write_text(text, encoding="utf-8", newline="\n")
+    temporary.replace(staged / CARD_FILE)
 
 
 def _draw(record: RunRecord, folder: Path) -> bool:

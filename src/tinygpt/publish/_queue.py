@@ -10,10 +10,20 @@ from types import TracebackType
 from typing import Self
 
 from tinygpt import hub
-from tinygpt.checkpoint import checkpoint_step
-from tinygpt.errors import CheckpointError, ConfigError, HubError, TinyGPTError
+from tinygpt.checkpoint import checkpoint_step, list_checkpoints
+from tinygpt.errors import ConfigError, HubError, TinyGPTError
 from tinygpt.publish._card import check_license
-from tinygpt.publish._pending import PendingPush, add_push, drop_push, lock, make_push, pending_pushes, queue_folder
+from tinygpt.publish._pending import (
+    PendingPush,
+    add_push,
+    drop_push,
+    lock,
+    make_push,
+    newest_step,
+    pending_pushes,
+    queue_folder,
+    step_of,
+)
 from tinygpt.publish._record import run_of
 
 _FIRST_WAIT_SECONDS = 5.0
@@ -30,6 +40,7 @@ class PushQueue:
     first in the queue, is tried again after 5, 10, 20, ... up to 600 seconds, a quarter more or less, and no failure
     ever reaches the training loop. One that no waiting can help, such as a missing token, is tried again with the
     next checkpoint. What is left at the end stays on disk, and `tinygpt push RUN` finishes it.
+    A checkpoint whose process died before it was queued follows with the next one, if it is still there.
 
     Args:
         repo_id: `user/repo`, made if it is missing.
@@ -100,12 +111,15 @@ class PushQueue:
 
     def __call__(self, checkpoint: Path) -> None:
         """Take a checkpoint that was just written. Returns at once and never raises because of the Hub or the disk."""
-        try:
-            push = self._add(Path(checkpoint))
-        except (TinyGPTError, OSError) as error:
-            logger.warning("%s is not going to be pushed: %s", checkpoint, error)
+        added = False
+        for folder in [*self._missed(Path(checkpoint)), Path(checkpoint)]:
+            try:
+                logger.info("queued to be pushed: %s", self._add(folder))
+                added = True
+            except (TinyGPTError, OSError) as error:
+                logger.warning("%s is not going to be pushed: %s", folder, error)
+        if not added:
             return
-        logger.info("queued to be pushed: %s", push)
         with self._changed:
             self._arrivals += 1
             self._closing = False
@@ -168,14 +182,26 @@ class PushQueue:
             self._thread = threading.Thread(target=self._work, name="tinygpt-push", daemon=True)
             self._thread.start()
 
-    def _add(self, checkpoint: Path) -> PendingPush:
-        run = run_of(checkpoint)
-        if self.folder is None:
-            self.folder = queue_folder(run or checkpoint.parent)
+    def _missed(self, checkpoint: Path) -> list[Path]:
+        """Return the checkpoints before this one that were written right before a crash, and so never queued."""
+        step = step_of(checkpoint)
+        if run_of(checkpoint) is None or step is None:
+            return []
         try:
-            step = checkpoint_step(checkpoint)
-        except CheckpointError:
-            step = None
+            known = newest_step(self._queue_of(checkpoint))
+            there = list_checkpoints(checkpoint.parent)
+        except OSError:  # which adding this one will run into and tell
+            return []
+        return [path for path in there if known is not None and known < checkpoint_step(path) < step]
+
+    def _queue_of(self, checkpoint: Path) -> Path:
+        if self.folder is None:
+            self.folder = queue_folder(run_of(checkpoint) or checkpoint.parent)
+        return self.folder
+
+    def _add(self, checkpoint: Path) -> PendingPush:
+        run, queue = run_of(checkpoint), self._queue_of(checkpoint)
+        step = step_of(checkpoint)
         tagged = self._tag is not None and (step is not None or "{step}" not in self._tag)
         push = self._template.replace(
             step=step,
@@ -183,12 +209,12 @@ class PushQueue:
             commit_message=f"Checkpoint after {step:,} steps" if step is not None else f"Checkpoint {checkpoint.name}",
             tags=[self._tag.replace("{step}", str(step))] if tagged and self._tag is not None else [],
         )
-        pending = pending_pushes(self.folder)
+        pending = pending_pushes(queue)
         if self._max_pending is not None and len(pending) >= self._max_pending:
             # Never the first, which may be on its way.
-            drop_push(self.folder, pending[1])
+            drop_push(queue, pending[1])
             logger.warning("given up, since %d pushes are waiting: %s", len(pending), pending[1])
-        return add_push(self.folder, checkpoint, push)
+        return add_push(queue, checkpoint, push)
 
     def _work(self) -> None:
         failures = 0

@@ -1,7 +1,9 @@
 """What a run wrote down about itself, read back for its card. Whatever is missing stays missing."""
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any, Literal
@@ -97,12 +99,25 @@ class RunRecord:
         """Return the lines of one kind, such as `"step"` or `"evaluation"`."""
         return [line for line in self.metrics if line.get("event") == kind]
 
+    def each_start(self, describe: Callable[[Callable[..., Any]], Any]) -> str | None:
+        """Return what is described of the run's starts, each text once and in order; `None` if nothing is known.
+
+        Args:
+            describe: Called for each start with a function from nested keys of its event `run` to the value there,
+                `None` where there is none.
+        """
+        texts = [describe(partial(_value, line)) for line in self.events("run")]
+        return "; then ".join(dict.fromkeys(str(text) for text in texts if text is not None)) or None
+
     def fact(self, *keys: str) -> Any:
         """Return a value of the state by its nested keys; `None` if it is not there."""
-        value: Any = self.state
-        for key in keys:
-            value = value.get(key) if isinstance(value, dict) else None
-        return value
+        return _value(self.state, *keys)
+
+
+def _value(value: Any, *keys: str) -> Any:
+    for key in keys:
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
 
 
 def read_record(model: Path, *, run: Path | None = None) -> RunRecord:
@@ -147,8 +162,8 @@ def _is_before(line: dict[str, Any], steps_done: int) -> bool:
     step = line.get("step")
     if not isinstance(step, int):
         return False
-    # Line N is written when N + 1 steps are done. A resume noted there shaped only the steps after it.
-    return step + 1 < steps_done if line.get("event") == "resume" else step < steps_done
+    # Line N is written when N + 1 steps are done. A start or resume noted there shaped only the steps after it.
+    return step + 1 < steps_done if line.get("event") in ("run", "resume") else step < steps_done
 
 
 def run_of(checkpoint: Path) -> Path | None:

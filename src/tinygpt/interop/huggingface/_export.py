@@ -24,7 +24,7 @@ from tinygpt.interop.huggingface._stock import (
     stock_weights,
 )
 from tinygpt.interop.huggingface._structure import Structure, load_exportable, structure_of, unwrapped, weights_of
-from tinygpt.model import GPT, independent_tensors
+from tinygpt.model import GPT, check_tokenizer, independent_tensors
 from tinygpt.tokenizer import Tokenizer, load_tokenizer, save_tokenizer_json
 
 CODE_FILE = "modeling_tinygpt.py"
@@ -75,8 +75,8 @@ def export(
         The class of transformers, `None` if the code was brought, and what speaks against the other classes.
 
     Raises:
-        ConfigError: If a part of the model is not what its config builds, the tokenizer has more ids than the
-            model, `dtype` is no floating-point dtype, or `out_folder` holds other files or is not a folder.
+        ConfigError: If a part of the model is not what its config builds, the tokenizer is none or has more
+            ids than the model, `dtype` is no floating-point dtype, or `out_folder` holds other files or is no folder.
         DataError: If the tokenizer has no exact `tokenizer.json`.
         CheckpointError: If the model cannot be read or the folder cannot be written.
         HubError: If `model` is neither a folder nor a repository.
@@ -102,11 +102,8 @@ def export(
             tokenizer = load_tokenizer(folder)
     gpt: GPT = unwrapped(model)
     structure = structure_of(gpt)
-    if tokenizer is not None and tokenizer.vocab_size > structure.config.vocab_size:
-        raise ConfigError(
-            f"the tokenizer has {tokenizer.vocab_size} ids, more than the model's vocab_size="
-            f"{structure.config.vocab_size}: give the tokenizer the model was trained with."
-        )
+    if tokenizer is not None:
+        check_tokenizer(tokenizer, structure.config)
     found = match(structure)
     if not stock:
         found = StockMatch(None, found.reasons)
@@ -199,7 +196,7 @@ def _own_config(structure: Structure) -> dict[str, Any]:
         "hidden_dims": list(structure.hidden_dims),
         "layer_windows": layer_windows(config),
         "value_embedding_layers": [i for i in range(config.num_layers) if config.has_value_embedding(i)],
-        "value_gate_channels": min(12, config.dim),
+        "value_gate_channels": min(config.value_gate_channels, config.dim),
         "smear_gate_channels": min(24, config.dim),
         "tie_word_embeddings": structure.tied,
     }

@@ -15,7 +15,7 @@ from tinygpt.interop.huggingface._stock import qk_norm_names, stock_names
 from tinygpt.interop.huggingface._structure import MLP_TYPES
 from tinygpt.layers import RotaryEmbedding, SwiGLU
 from tinygpt.manifest import read_json
-from tinygpt.model import GPT, GPTConfig
+from tinygpt.model import GPT, GPTConfig, check_device
 from tinygpt.tokenizer import BOS_TOKEN, BPETokenizer, load_tokenizer_json
 
 _INDEX_FILE = "model.safetensors.index.json"
@@ -74,7 +74,7 @@ def from_transformers(
         HubError: If it is neither a folder nor a repository that can be read.
         CheckpointError: If the config has something without counterpart here, which the error names, or a file is
             missing or damaged, or names or shapes of weights do not fit.
-        ConfigError: If `dtype` is no floating-point dtype.
+        ConfigError: If `dtype` is no floating-point dtype, or torch has no such device here.
 
     Example:
         ```python no-run: needs the checkpoint
@@ -89,6 +89,7 @@ def from_transformers(
     """
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ConfigError(f"dtype {dtype!r} is not a floating-point dtype; use torch.bfloat16 for example.")
+    device = check_device(device)
     if isinstance(source, str | Path):
         folder = hub.resolve(
             source, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token

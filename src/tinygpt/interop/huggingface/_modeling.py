@@ -28,6 +28,7 @@ DEFAULTS: dict[str, Any] = {
     "layer_windows": [None],  # how many tokens before its own each layer sees, None for all
     "value_embedding_layers": [0],
     "value_gate_channels": 12,  # leading channels that the gate of a value embedding reads
+    "value_gate_scale": 3.0,  # what that gate can reach
     "smear_gate_channels": 24,  # and those that the gate of the smear reads
     "rotary": True,
     "rope_base": 100_000.0,
@@ -132,7 +133,7 @@ class TinyGPTAttention(nn.Module):
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         if self.value_embedding is not None:
-            gate = 3.0 * torch.sigmoid(self.value_gate(x[..., : self.value_gate.in_features]))
+            gate = torch.sigmoid(self.value_gate(x[..., : self.value_gate.in_features])) * self.config.value_gate_scale
             extra = self.value_embedding(input_ids).view(batch, seq, -1, self.head_dim).transpose(1, 2)
             v = v + gate.transpose(1, 2)[..., None] * extra
         if angles is not None:

@@ -41,10 +41,10 @@ def read_stock_config(fields: dict[str, Any], where: str) -> tuple[Family, GPTCo
         raise CheckpointError(
             f"{where} has model_type={model_type!r}; those that map onto tinygpt's parts are {known}."
         )
-    if problem := next(_problems(family, fields), None):
-        raise CheckpointError(f"{where} cannot be mapped exactly: {problem}.")
     kinds = {activation: kind for kind, activation in family.activations.items()} | {"swish": "swiglu"}
     try:
+        if problem := next(_problems(family, fields), None):
+            raise CheckpointError(f"{where} cannot be mapped exactly: {problem}.")
         windows = _window_fields(fields)
         config = GPTConfig(
             vocab_size=fields["vocab_size"],
@@ -78,7 +78,14 @@ def read_stock_config(fields: dict[str, Any], where: str) -> tuple[Family, GPTCo
 
 
 def _rope(fields: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings of the rotation, where transformers 5 keeps them or where 4 did."""
+    """Return the settings of the rotation, where transformers 5 keeps them or where 4 did.
+
+    Raises:
+        ValueError: If they are no JSON object.
+    """
+    for name in ("rope_scaling", "rope_parameters"):
+        if not isinstance(fields.get(name) or {}, dict):
+            raise ValueError(f"{name}={fields[name]!r} is no JSON object.")
     old = {"rope_theta": fields["rope_theta"]} if fields.get("rope_theta") is not None else {}
     return {**old, **(fields.get("rope_scaling") or {}), **(fields.get("rope_parameters") or {})}
 
@@ -91,11 +98,12 @@ def _problems(family: Family, fields: dict[str, Any]) -> Iterator[str]:
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default" or not set(rope) <= {"rope_type", "type", "rope_theta"}:
         yield f"rope_parameters (rope_scaling) of type {kind!r} change the angles: {rope}"
-    allowed = {*family.activations.values(), *(("swish",) if "swiglu" in family.activations else ())}
+    allowed = [*family.activations.values(), *(("swish",) if "swiglu" in family.activations else ())]
     if fields.get("hidden_act") not in allowed:
         yield f"hidden_act={fields.get('hidden_act')!r} is not {' or '.join(sorted(allowed))}"
     heads, head_dim = fields.get("num_attention_heads"), fields.get("head_dim", 128 if family is QWEN3 else None)
-    if head_dim is not None and heads and head_dim * heads != fields.get("hidden_size"):
+    fits = isinstance(heads, int) and isinstance(head_dim, int) and head_dim * heads == fields.get("hidden_size")
+    if head_dim is not None and not fits:
         yield f"head_dim={head_dim} times num_attention_heads={heads} is not hidden_size={fields.get('hidden_size')}"
 
 

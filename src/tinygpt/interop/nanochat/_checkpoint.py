@@ -14,7 +14,7 @@ from tinygpt.interop.nanochat._convert import convert_state_dict
 from tinygpt.interop.nanochat._tokenizer import load_tokenizer_pickle
 from tinygpt.layers import RotaryEmbedding
 from tinygpt.manifest import read_json
-from tinygpt.model import GPT
+from tinygpt.model import GPT, check_device
 from tinygpt.tokenizer import BPETokenizer, load_tokenizer_json
 
 _MODEL_FILE = re.compile(r"model_(\d+)\.pt")
@@ -81,7 +81,7 @@ def load_checkpoint(
             weights do not fit the config, the step in the metadata is another, or the tokenizer has
             another vocabulary.
         DataError: If the tokenizer cannot be read.
-        ConfigError: If `dtype` or a constant is not usable.
+        ConfigError: If `dtype`, `device` or a constant is not usable.
 
     Example:
         ```python no-run: needs a checkpoint
@@ -91,7 +91,7 @@ def load_checkpoint(
     """
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ConfigError(f"dtype {dtype} is not a floating-point dtype; use torch.bfloat16 for example.")
-    folder, device = Path(folder), torch.device(device)
+    folder, device = Path(folder), check_device(device)
     step = find_step(folder, step, _MODEL_FILE)
     metadata = _read_metadata(folder / f"meta_{step:06d}.json", step)
     found = None if tokenizer is None else _find_tokenizer(folder, tokenizer)
@@ -125,7 +125,8 @@ def find_step(folder: Path, step: int | None, pattern: re.Pattern[str]) -> int:
         CheckpointError: If it is not there; the message says which are.
     """
     if not folder.is_dir():
-        raise CheckpointError(f"there is no folder {folder}.")
+        hint = f"; it is a file, give its folder {folder.parent}" if folder.is_file() else ""
+        raise CheckpointError(f"there is no folder {folder}{hint}.")
     steps = sorted({int(match[1]) for path in folder.iterdir() if (match := pattern.fullmatch(path.name))})
     if not steps:
         inside = sorted(p.name for p in folder.iterdir() if p.is_dir() and any(p.glob("model_*.pt")))
@@ -135,7 +136,7 @@ def find_step(folder: Path, step: int | None, pattern: re.Pattern[str]) -> int:
     if step is None:
         return steps[-1]
     if step not in steps:
-        raise CheckpointError(f"{folder} has no step {step}; it has {', '.join(map(str, steps))}.")
+        raise CheckpointError(f"{folder} has no step {step!r}; it has {', '.join(map(str, steps))}.")
     return step
 
 

@@ -20,11 +20,12 @@ _NUMBERS = {
     "n_embd": "dim",
 }
 _MOST = {"n_layer": 1_000, "sequence_len": 2**20}
-_CONSTANTS = ("rope_base", "qk_scale", "soft_cap", "short_window_tokens")
+_CONSTANTS = ("rope_base", "qk_scale", "soft_cap", "short_window_tokens", "value_gate_scale")
 _LAMBDAS = ("resid_lambdas", "x0_lambdas")
 _SMEAR = ("smear_gate.weight", "smear_lambda", "backout_lambda")
-_VOCAB_MULTIPLE = 64
-_GATE_CHANNELS, _SMEAR_CHANNELS = 12, 24
+_VOCAB_MULTIPLES = (64, 1, 2, 4, 8, 16, 32, 128, 256, 512, 1024)
+_SMEAR_CHANNELS = 24
+_EARLY_GATE_CHANNELS = 32
 
 
 class _Version(NamedTuple):
@@ -33,6 +34,8 @@ class _Version(NamedTuple):
     rope_base: float
     qk_scale: float
     short_window: Callable[[int], int]  # of the length of a sequence
+    value_gate_channels: int
+    value_gate_scale: float
 
 
 def _share_in_tiles(parts: int) -> Callable[[int], int]:
@@ -40,9 +43,9 @@ def _share_in_tiles(parts: int) -> Callable[[int], int]:
     return lambda length: -(-length // (128 * parts)) * 128
 
 
-_UNTIL_MARCH_2026 = _Version(10_000.0, 1.0, lambda length: length // 2)
-_MARCH_2026 = _Version(100_000.0, 1.15, _share_in_tiles(3))  # gates of 12 channels, no smear yet: until 14 March
-_SINCE_SMEAR = _Version(100_000.0, 1.2, _share_in_tiles(4))
+_UNTIL_MARCH_2026 = _Version(10_000.0, 1.0, lambda length: length // 2, _EARLY_GATE_CHANNELS, 2.0)
+_MARCH_2026 = _Version(100_000.0, 1.15, _share_in_tiles(3), 12, 3.0)  # no smear yet: until 14 March
+_SINCE_SMEAR = _Version(100_000.0, 1.2, _share_in_tiles(4), 12, 3.0)
 
 
 def convert_state_dict(
@@ -51,14 +54,14 @@ def convert_state_dict(
     """Turn the weights and the `model_config` of a nanochat checkpoint into ours.
 
     Which parts a model has is read off the names of its weights, and with them the version of nanochat, since
-    each brought new ones: residual and x0 lambdas in January 2026, value embeddings soon after, gates of 12
-    channels in early March, smear and backout on 14 March. What a version only has in its code follows from that:
+    each brought new ones: residual and x0 lambdas in January 2026, value embeddings with gates of 32 channels soon
+    after, gates of 12 in early March, smear and backout on 14 March. What a version only has in its code follows:
 
-    | weights | `rope_base` | `qk_scale` | `short_window_tokens` |
-    |---|---|---|---|
-    | with smear and backout | 100,000 | 1.2 | a quarter of the sequence, up to a multiple of 128 |
-    | value embeddings, no smear | 100,000 | 1.15 | a third, up to a multiple of 128 |
-    | older | 10,000 | 1.0 | half |
+    | weights | `rope_base` | `qk_scale` | `short_window_tokens` | `value_gate_scale` |
+    |---|---|---|---|---|
+    | with smear and backout | 100,000 | 1.2 | a quarter of the sequence, up to a multiple of 128 | 3 |
+    | gates of 12 channels, no smear | 100,000 | 1.15 | a third, up to a multiple of 128 | 3 |
+    | older | 10,000 | 1.0 | half | 2 |
 
     `soft_cap` is 15, and a config without `window_pattern` means full attention. Code that was changed by hand
     cannot be told from the files: give its constants then.
@@ -66,8 +69,8 @@ def convert_state_dict(
     Args:
         state_dict: nanochat's names to tensors; the prefix `_orig_mod.` of a compiled model is taken off.
         config_dict: `model_config` of the metadata.
-        **constants: `rope_base`, `qk_scale`, `soft_cap` (`None` for no cap) and `short_window_tokens`, as in
-            `GPTConfig`, where the checkpoint's code had others than its version.
+        **constants: `rope_base`, `qk_scale`, `soft_cap` (`None` for no cap), `short_window_tokens` and
+            `value_gate_scale`, as in `GPTConfig`, where the checkpoint's code had others than its version.
 
     Returns:
         The config, and the weights under our names. Tensors are not copied and keep their dtypes; rows that pad the
@@ -75,9 +78,8 @@ def convert_state_dict(
 
     Raises:
         CheckpointError: If a key of either is missing or unknown, parts are there by halves, a shape does not
-            fit, something is not a tensor, a number is out of range, or the gates have the 32 channels of early
-            2026, which this library does not build.
-        ConfigError: If a constant is not one of the four or out of range.
+            fit, something is not a tensor, or a number is out of range.
+        ConfigError: If a constant is not one of these or out of range.
 
     References:
         [nanochat](https://github.com/karpathy/nanochat), whose names these are. Its rotation is ours with
@@ -103,11 +105,11 @@ def convert_state_dict(
             "no version of nanochat wrote these parts together: smear came after value embeddings, and those after "
             f"lambdas; here smear is {has_smear}, value embeddings {has_values}, lambdas {has_lambdas}."
         )
-    if has_values:
-        _refuse_wide_gates(tensors[f"{_gate(value_layers[0])}.weight"])
-
-    version = _SINCE_SMEAR if has_smear else _MARCH_2026 if has_values else _UNTIL_MARCH_2026
+    has_narrow_gates = has_values and tensors[f"{_gate(value_layers[0])}.weight"].shape[-1:] != (_EARLY_GATE_CHANNELS,)
+    version = _SINCE_SMEAR if has_smear else _MARCH_2026 if has_narrow_gates else _UNTIL_MARCH_2026
     known: dict[str, Any] = {"rope_base": version.rope_base, "qk_scale": version.qk_scale, "soft_cap": 15.0}
+    if has_values:
+        known |= {"value_gate_channels": version.value_gate_channels, "value_gate_scale": version.value_gate_scale}
     if "S" in numbers["window_pattern"]:
         known["short_window_tokens"] = version.short_window(numbers["max_seq_len"])
     if unknown := sorted(set(constants) - set(_CONSTANTS)):
@@ -148,7 +150,7 @@ def expected_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
         shapes |= {f"{block}.mlp.c_fc.weight": (4 * dim, dim), f"{block}.mlp.c_proj.weight": (dim, 4 * dim)}
         if config.has_value_embedding(layer):
             shapes[f"value_embeds.{layer}.weight"] = (rows, kv_dim)
-            shapes[f"{_gate(layer)}.weight"] = (kv_heads, _GATE_CHANNELS)
+            shapes[f"{_gate(layer)}.weight"] = (kv_heads, config.value_gate_channels)
     return shapes
 
 
@@ -204,19 +206,12 @@ def _whole_set(tensors: Mapping[str, Tensor], names: list[str] | tuple[str, ...]
     return not absent
 
 
-def _refuse_wide_gates(gate: Tensor) -> None:
-    if gate.ndim == 2 and gate.shape[1] == 32:
-        raise CheckpointError(
-            "the gates of the value embeddings read 32 channels, as in nanochat from January to early March 2026; "
-            "this library builds the later gates of 12 channels alone, so the model cannot be loaded."
-        )
-
-
 def _vocab_multiple(tensors: Mapping[str, Tensor], vocab_size: int) -> int:
-    """Return what the rows of the tables are a multiple of: 64, or 1 if nothing was padded, as in 2025."""
+    """Return what the rows of the tables are a multiple of: 64, 1 as in 2025, or what else the code was told."""
     table = tensors.get("transformer.wte.weight")
-    unpadded = table is not None and table.ndim == 2 and len(table) == vocab_size
-    return 1 if unpadded and vocab_size % _VOCAB_MULTIPLE else _VOCAB_MULTIPLE
+    rows = 0 if table is None or table.ndim != 2 else len(table)
+    fitting = (n for n in _VOCAB_MULTIPLES if -(-vocab_size // n) * n == rows)
+    return next(fitting, _VOCAB_MULTIPLES[0])  # if none fits, the tables are refused with all that does not
 
 
 def _compare(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:
