@@ -178,7 +178,9 @@ def main() -> None:
     with queue or nullcontext():
         for count in range(1, len(phases) + 1):
             saved = latest_checkpoint(out / "checkpoints")
-            if saved is None or checkpoint_step(saved) < sum(phase.steps for phase in phases[:count]):
+            done = saved is not None and checkpoint_step(saved) >= sum(phase.steps for phase in phases[:count])
+            # A finished run is resumed as well if there is a queue: its last checkpoint may not have got there.
+            if not done or (queue and count == len(phases)):
                 new_trainer(args.device, phases[:count]).fit([every(scale.interval, evaluate)], resume="auto")
 
     newest = latest_checkpoint(out / "checkpoints") or out

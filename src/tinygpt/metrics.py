@@ -1,5 +1,6 @@
 """What a training step reports, how fast it was, and the file that keeps it."""
 
+import itertools
 import json
 import math
 import os
@@ -75,7 +76,7 @@ class MetricsFile:
     Args:
         path: The file; its folder is made if it is missing.
         next_step: Lines of this step and later ones are dropped first: a resumed run writes them again. With 0 a file
-            that is there is kept as `metrics.old.jsonl`.
+            that is there is kept as `metrics.old.jsonl`, the next one as `metrics.old-2.jsonl`.
 
     Raises:
         DataError: If the file exists and is not such a file.
@@ -86,7 +87,7 @@ class MetricsFile:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if next_step == 0:
             if self.path.exists():  # of a run that left no checkpoint; not ours to throw away
-                self.path.replace(self.path.with_suffix(".old.jsonl"))
+                self.path.rename(_free_name(self.path))
             self.path.touch()
             return
         temporary = self.path.with_suffix(".tmp")
@@ -94,6 +95,8 @@ class MetricsFile:
             for record in _records(self.path):
                 if record.get("step", -1) < next_step:
                     file.write(json.dumps(record) + "\n")
+            file.flush()
+            os.fsync(file.fileno())  # else a power cut could leave neither the old file nor the new
         temporary.replace(self.path)
 
     def write(self, event: str, step: int, **fields: Any) -> None:
@@ -130,17 +133,26 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     return list(_records(Path(path)))
 
 
+def _free_name(path: Path) -> Path:
+    numbers = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
+    free = (path.with_name(f"{path.stem}.old{number}{path.suffix}") for number in numbers)
+    return next(candidate for candidate in free if not candidate.exists())
+
+
 def _records(path: Path) -> Iterator[dict[str, Any]]:
     if not path.exists():
         return
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             try:
                 record = json.loads(line)
-            except ValueError:
-                if not line.endswith("\n"):
+            except (ValueError, RecursionError):
+                if not line.endswith(b"\n"):
                     return
-                raise DataError(f"{path} line {number} is not JSON; it is not a metrics file or was damaged.") from None
+                raise DataError(
+                    f"{path} line {number} is not JSON; it is not a metrics file or was damaged: remove that line, or "
+                    "move the file away."
+                ) from None
             if not isinstance(record, dict):
                 raise DataError(f"{path} line {number} is not a JSON object; it is not a metrics file.")
             yield record

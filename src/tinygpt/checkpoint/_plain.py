@@ -58,7 +58,10 @@ def _without_tensors(value: Any, tensors: dict[str, Tensor], path: tuple[str, ..
         return value.item()
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    raise CheckpointError(f"a checkpoint holds numbers, strings and tensors; {type(value).__name__} is none of them.")
+    raise CheckpointError(
+        f"a checkpoint holds numbers, strings and tensors; {type(value).__name__} is none of them"
+        + (f", and that is what {'/'.join(path)} of the state is." if path else ".")
+    )
 
 
 def _with_tensors(value: Any, tensors: dict[str, Tensor]) -> Any:

@@ -53,6 +53,9 @@ class RunLock:
                             f"{self.folder / name} is a link, and a run does not write through one; "
                             "give the real folder as out_dir."
                         )
+                checkpoints = self.folder / "checkpoints"
+                if checkpoints.exists() and not checkpoints.is_dir():
+                    raise ConfigError(f"{checkpoints} is not a folder; move it away, or choose another out_dir.")
                 self._lock.acquire(timeout=0)
             except Timeout:
                 raise CheckpointError(

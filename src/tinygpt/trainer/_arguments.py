@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from tinygpt.errors import ConfigError
+from tinygpt.checkpoint import take_apart
+from tinygpt.errors import CheckpointError, ConfigError
 from tinygpt.tokenizer import Tokenizer
 from tinygpt.trainer._config import TrainerConfig
 from tinygpt.trainer._phases import Phase
@@ -17,7 +18,13 @@ logger = logging.getLogger("tinygpt")
 
 
 def check_arguments(
-    model: Any, optimizer: Any, loader: Any, config: Any, tokenizer: Tokenizer | None, phases: Any = None
+    model: Any,
+    optimizer: Any,
+    loader: Any,
+    config: Any,
+    tokenizer: Tokenizer | None,
+    phases: Any = None,
+    schedules: Any = None,
 ) -> None:
     """Refuse arguments that cannot train together, and log what probably was not meant.
 
@@ -36,12 +43,16 @@ def check_arguments(
     if config.save_every is not None and config.out_dir is None:
         raise ConfigError("save_every needs an out_dir to save into.")
     _check_parameters(model, optimizer)
+    if phases is not None and schedules is not None:
+        raise ConfigError("phases bring their own schedules; give either phases or schedules.")
     loaders = [loader]
     if phases is not None:
         _check_phases(phases, loader, config)
         loaders += [phase.loader for phase in phases if phase.loader is not None]
     for each in loaders:
         _check_sizes(model, each, tokenizer or getattr(each, "tokenizer", None))
+    if config.out_dir is not None:
+        _check_state(model, loaders)
     if torch.cuda.is_available() and next(model.parameters()).device.type == "cpu":
         logger.warning("training on the CPU though there is a GPU: call model.to('cuda') before making the optimizer.")
 
@@ -76,6 +87,21 @@ def _check_parameters(model: nn.Module, optimizer: Optimizer) -> None:
     if left_out := [name for name in trainable if id(model.get_parameter(name)) not in held]:
         some = ", ".join(left_out[:5]) + (", ..." if len(left_out) > 5 else "")
         logger.warning("%d parameters are in no optimizer group and stay as they are: %s", len(left_out), some)
+
+
+def _check_state(model: nn.Module, loaders: Sequence[Any]) -> None:
+    """Refuse what no checkpoint can hold now, and not at the first checkpoint hours later."""
+    for name, value in model.state_dict().items():
+        if not isinstance(value, torch.Tensor):
+            raise ConfigError(
+                f"the model's state_dict has {name}, a {type(value).__name__}; checkpoints hold tensors alone: "
+                "keep it in a buffer."
+            )
+    for loader in loaders:
+        try:
+            take_apart({"loader": loader.state_dict()} if hasattr(loader, "state_dict") else {})
+        except CheckpointError as error:
+            raise ConfigError(f"the state_dict of the {type(loader).__name__} cannot be saved: {error}") from None
 
 
 def _check_sizes(model: nn.Module, loader: Any, tokenizer: Tokenizer | None) -> None:

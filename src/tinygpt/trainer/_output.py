@@ -1,12 +1,13 @@
-"""The file of a run's metrics, and what is written into it at each start."""
+"""A run's folder: whose it is, the file of its metrics, and what is written into it at each start."""
 
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import tinygpt
-from tinygpt.checkpoint import list_checkpoints
+from tinygpt.checkpoint import RunLock, checkpoint_step, list_checkpoints
 from tinygpt.errors import ConfigError
-from tinygpt.metrics import MetricsFile
+from tinygpt.metrics import MetricsFile, read_metrics
 from tinygpt.run_record import describe_run
 from tinygpt.trainer._state import loss_name
 
@@ -14,24 +15,50 @@ if TYPE_CHECKING:
     from tinygpt.trainer._trainer import Trainer
 
 
+def lock_of(out_dir: str | Path | None) -> contextlib.AbstractContextManager[object]:
+    """Return what keeps a run's folder to this process; a run that writes nothing needs none."""
+    return contextlib.nullcontext() if out_dir is None else RunLock(out_dir)
+
+
 def open_output(trainer: "Trainer", out_dir: str | Path) -> MetricsFile:
     """Open `metrics.jsonl` at the next step and write the record of the run.
 
     Raises:
-        ConfigError: If there are checkpoints of another run, or the folder cannot be written.
+        ConfigError: If the folder cannot be written.
+        DataError: If there is a damaged file.
     """
-    assert trainer.checkpoint_dir is not None
-    if trainer.next_step == 0 and (found := list_checkpoints(trainer.checkpoint_dir)):
-        raise ConfigError(
-            f"{out_dir} already holds a run, saved up to {found[-1].name}: "
-            "continue it with trainer.resume(), or choose another out_dir."
-        )
     try:
         output = MetricsFile(Path(out_dir) / "metrics.jsonl", next_step=trainer.next_step)
     except OSError as error:
         raise ConfigError(f"out_dir={str(out_dir)!r} cannot be written: {error}.") from None
     output.write("run", trainer.next_step - 1, **_record(trainer))
     return output
+
+
+def refuse_taken_folder(trainer: "Trainer", last_saved: Path | None) -> None:
+    """Refuse to write where another run is, or where another process has gone on with this one meanwhile.
+
+    Raises:
+        ConfigError: If there are checkpoints that this trainer has not come from.
+    """
+    found = [] if trainer.checkpoint_dir is None else list_checkpoints(trainer.checkpoint_dir)
+    if found and (checkpoint_step(found[-1]) > trainer.next_step or (trainer.next_step == 0 and last_saved is None)):
+        raise ConfigError(
+            f"{trainer.config.out_dir} already holds a run, saved up to {found[-1].name}: "
+            "continue it with trainer.resume(), or choose another out_dir."
+        )
+
+
+def is_own(trainer: "Trainer", folder: Path) -> bool:
+    """Return whether a checkpoint lies with those of the run."""
+    own = trainer.checkpoint_dir
+    return own is not None and folder.parent.resolve() == own.resolve()
+
+
+def was_announced(output: MetricsFile, folder: Path) -> bool:
+    """Return whether one of the run's own checkpoints was told of before the process that wrote it ended."""
+    told = (Path(r.get("folder", "")) for r in read_metrics(output.path) if r.get("event") == "save")
+    return any(path.parts[-2:] == folder.parts[-2:] for path in told)  # the run's folder may have been moved
 
 
 def _record(trainer: "Trainer") -> dict[str, Any]:

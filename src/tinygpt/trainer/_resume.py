@@ -17,10 +17,10 @@ from tinygpt.checkpoint import (
     verify,
 )
 from tinygpt.errors import CheckpointError, ConfigError, TinyGPTError
-from tinygpt.trainer._changes import Change, checked_accept, format_changes, unaccepted
-from tinygpt.trainer._random import restore_random_state
+from tinygpt.trainer._changes import Change, checked_accept, format_changes, judged, unaccepted
+from tinygpt.trainer._random import random_state, restore_random_state
 from tinygpt.trainer._resumption import Resumption
-from tinygpt.trainer._saving import checked_evaluation
+from tinygpt.trainer._retention import checked_evaluation
 from tinygpt.trainer._state import WEIGHTS_FILE, plain_module
 from tinygpt.trainer._ways import ways_on
 
@@ -69,17 +69,23 @@ def newest_whole(parent: Path | None) -> Path | None:
     return folder
 
 
-def refuse_going_back(folder: Path, own: Path | None) -> None:
-    """Refuse an earlier checkpoint of the run's own folder, whose later ones belong to another course of the run."""
-    if own is None or folder.parent.resolve() != own.resolve():
+def refuse_another_course(folder: Path, own: Path | None) -> None:
+    """Refuse to go on from anything but the newest checkpoint of the run's own folder, unless that is empty.
+
+    Otherwise checkpoints and metrics of two courses would be mixed, and the next resume take either.
+    """
+    found = [] if own is None else list_checkpoints(own)
+    if own is None or not found or folder.resolve() == found[-1].resolve():
         return
-    found = list_checkpoints(own)
-    later = found[found.index(own / folder.name) + 1 :] if own / folder.name in found else []
-    if later:
+    if folder.parent.resolve() == own.resolve():
         raise CheckpointError(
-            f"{own} goes on after {folder.name}, up to {later[-1].name}: "
+            f"{own} goes on after {folder.name}, up to {found[-1].name}: "
             "to branch from an earlier step choose another out_dir; to go on use trainer.resume()."
         )
+    raise CheckpointError(
+        f"{own} holds a run already, up to {found[-1].name}, which going on from {folder} would mix with another: "
+        "go on with it by trainer.resume(), or choose another out_dir."
+    )
 
 
 def load(
@@ -92,7 +98,7 @@ def load(
     weights = load_tensors(folder / WEIGHTS_FILE)
     loaders = {id(each): each for each in trainer.course.loaders if hasattr(each, "state_dict")}.values()
     before = [(each, each.state_dict()) for each in loaders]
-    rewarm_before = trainer.rates.rewarm
+    rewarm_before, random_before = trainer.rates.rewarm, random_state()
     try:
         was, now = state["optimizer_class"], type(trainer.optimizer).__name__
         if was != now:
@@ -105,14 +111,15 @@ def load(
             accept = accept | checked_accept(trainer.phases[resumption.phase].accept)
         if refused := unaccepted(changes, accept):
             raise CheckpointError(ways_on(trainer, folder, state, refused))
-        _check_weights(plain_module(trainer.model), weights)
+        changes += _compare_weights(plain_module(trainer.model), weights)
+        restore_random_state(state["random"])
         resumption.load_loaders(accept)
         trainer.optimizer.load_state_dict(state["optimizer"])
         trainer.rates.restore_settings()
-        plain_module(trainer.model).load_state_dict(weights, strict=True)
-        restore_random_state(state["random"])
+        plain_module(trainer.model).load_state_dict(weights, strict=True)  # last: nothing would take it back
     except BaseException as error:
         trainer.rates.rewarm = rewarm_before
+        restore_random_state(random_before)
         for each, position in before:
             each.load_state_dict(position)  # as if nothing had been tried
         if isinstance(error, CheckpointError | ConfigError) or not isinstance(error, _DAMAGE):
@@ -126,10 +133,19 @@ def load(
     return changes
 
 
-def _check_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Refuse weights that do not fit before anything else is loaded."""
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+def _compare_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> list[Change]:
+    """Refuse weights that do not fit before anything is loaded, and tell of those that are going to be rounded."""
+    own = model.state_dict()
+    expected = {name: tuple(tensor.shape) for name, tensor in own.items()}
     found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     if different := sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)):
         lines = [f"{name} was {found.get(name)}, is {expected.get(name)}" for name in different[:8]]
         raise CheckpointError(f"the checkpoint's weights do not fit the model: {'; '.join(lines)}")
+    dtypes: dict[tuple[str, str], list[str]] = {}
+    for name in own:
+        if weights[name].dtype != own[name].dtype:
+            dtypes.setdefault((str(weights[name].dtype), str(own[name].dtype)), []).append(name)
+    return [
+        judged(f"dtype of {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else ""), was, will_be)
+        for (was, will_be), names in dtypes.items()
+    ]

@@ -1,19 +1,19 @@
-"""Writing checkpoints behind the back of the training loop, and which of them stay."""
+"""Writing checkpoints behind the back of the training loop."""
 
 import atexit
 import logging
-import math
 import threading
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Collection, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from tinygpt.checkpoint import SnapshotMemory, checkpoint_step, list_checkpoints, mark_latest, remove_old_checkpoints
-from tinygpt.errors import CheckpointError, ConfigError
-from tinygpt.trainer._config import TrainerConfig
+from tinygpt.checkpoint import SnapshotMemory
+from tinygpt.errors import CheckpointError
+
+_T = TypeVar("_T")
 
 logger = logging.getLogger("tinygpt")
 
@@ -27,25 +27,30 @@ class Save:
     Args:
         folder: Of the checkpoint.
         step: How many steps were done.
-        write: Writes it.
+        write: Writes it; `None` if it is there, written by a process that died before it could say so.
         tidy: Called when it is complete; deletes older ones.
     """
 
-    def __init__(self, folder: Path, step: int, write: Callable[[Path], Path], tidy: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        step: int,
+        write: Callable[[Path], Path] | None = None,
+        tidy: Callable[[], None] | None = None,
+    ) -> None:
         self.folder, self.step = folder, step
         self.stall_seconds = 0.0
         self.write_seconds = 0.0
-        self.bytes = 0
         self.complete = False
         self.error: BaseException | None = None
         self.thread: threading.Thread | None = None
         self._write, self._tidy = write, tidy
 
     def record(self) -> dict[str, Any]:
-        """Return what `metrics.jsonl` says of it."""
+        """Return what `metrics.jsonl` says of it; times are those that this process knows of."""
         return {
             "folder": str(self.folder),
-            "bytes": self.bytes,
+            "bytes": sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file()),
             "stall_seconds": round(self.stall_seconds, 4),
             "write_seconds": round(self.write_seconds, 4),
             "background": self.thread is not None,
@@ -55,10 +60,11 @@ class Save:
         """Write, and keep an error for the thread that trains."""
         start = time.perf_counter()
         try:
+            assert self._write is not None
             self._write(self.folder)
             self.complete = True
-            self.bytes = sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
-            self._tidy()
+            if self._tidy is not None:
+                self._tidy()
         except BaseException as error:  # raised again by Saver
             self.error = error
         self.write_seconds = time.perf_counter() - start
@@ -69,10 +75,15 @@ class Saver:
 
     Args:
         on_complete: Called with each finished save, by `poll`, `wait` or `settle`.
+
+    Attributes:
+        stall_seconds: How long training stood still.
+        owed: Whether a checkpoint was due that is not there, since it or the one before it failed.
     """
 
     def __init__(self, on_complete: Callable[[Save], None]) -> None:
         self.stall_seconds = 0.0
+        self.owed = False
         self._on_complete = on_complete
         self._memory = SnapshotMemory()
         self._running: Save | None = None
@@ -85,7 +96,7 @@ class Saver:
         step: int,
         capture: Capture,
         *,
-        tidy: Callable[[], None],
+        tidy: Callable[[], None] | None = None,
         background: bool = False,
         left: bool = False,
     ) -> None:
@@ -103,10 +114,15 @@ class Saver:
             CheckpointError: If it failed, or the one before.
         """
         wait = self.settle if left else self.wait
-        wait()
+        try:
+            wait()
+        except BaseException:
+            self.owed = True
+            raise
         start = time.perf_counter()
         write = self._capture(capture) if background else None
         save = Save(folder, step, write or capture(None), tidy)
+        self.owed = False
         self._running = save
         if write is None:
             save.run()
@@ -153,6 +169,7 @@ class Saver:
 
     def _finish(self, save: Save) -> None:
         self._running = None
+        self.owed = not save.complete
         if save.complete:
             self._on_complete(save)
         if save.error is None:
@@ -180,7 +197,7 @@ class Saver:
         self.stall_seconds += seconds
 
 
-def close_at_exit(steps: Generator[Any, None, None]) -> None:
+def close_at_exit(steps: Generator[_T, None, None]) -> Generator[_T, None, None]:
     """Close a loop that is still open when the program ends, while there is still enough of Python left to save."""
     reference = weakref.ref(steps)
 
@@ -189,49 +206,4 @@ def close_at_exit(steps: Generator[Any, None, None]) -> None:
             still_open.close()
 
     atexit.register(close)
-
-
-def checked_evaluation(step: int, fields: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return what of an evaluation is kept to rank checkpoints by; `None` if it has no `bpb`.
-
-    Raises:
-        ConfigError: If `bpb` is not a number.
-    """
-    bpb = fields.get("bpb")
-    if bpb is None:
-        return None
-    if isinstance(bpb, bool) or not isinstance(bpb, int | float) or not isinstance(step, int):
-        raise ConfigError(f"an evaluation's bpb is {bpb!r} at step {step!r}; give a number.")
-    data_hash = fields.get("data_hash")
-    return {"step": step, "bpb": float(bpb), "data_hash": None if data_hash is None else str(data_hash)}
-
-
-def best_steps(evaluations: Sequence[Mapping[str, Any]], steps: Collection[int], count: int) -> set[int]:
-    """Return those of `steps` with the lowest bpb on the data that was evaluated last; others cannot be compared."""
-    if not evaluations:
-        return set()
-    data_hash = evaluations[-1]["data_hash"]
-    scores = {
-        e["step"]: e["bpb"]
-        for e in evaluations
-        if e["data_hash"] == data_hash and e["step"] in steps and math.isfinite(e["bpb"])
-    }
-    return set(sorted(scores, key=lambda step: (scores[step], -step))[:count])
-
-
-def tidier(
-    folder: Path, config: TrainerConfig, evaluations: Sequence[Mapping[str, Any]], protect: Collection[int]
-) -> Callable[[], None]:
-    """Return what marks a checkpoint as the latest once it is complete, and deletes those that may go."""
-    evaluations, protect = tuple(evaluations), set(protect)  # as they are now: training goes on meanwhile
-
-    def tidy() -> None:
-        mark_latest(folder)
-        if config.keep_last is not None:
-            steps = {checkpoint_step(path) for path in list_checkpoints(folder.parent)}
-            kept = {checkpoint_step(folder), *protect, *best_steps(evaluations, steps, config.keep_best or 0)}
-            remove_old_checkpoints(
-                folder.parent, keep_last=config.keep_last, keep_every=config.keep_every, protect=kept
-            )
-
-    return tidy
+    return steps

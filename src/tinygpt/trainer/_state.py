@@ -38,7 +38,8 @@ def capture(trainer: "Trainer", memory: SnapshotMemory | None) -> Callable[[Path
         NonFiniteError: If a weight is not finite: such a checkpoint could only mislead.
     """
     with torch.no_grad():
-        if not math.isfinite(torch.nn.utils.get_total_norm(list(trainer.model.parameters()))):
+        floats = [p for p in trainer.model.parameters() if p.is_floating_point() or p.is_complex()]
+        if not math.isfinite(torch.nn.utils.get_total_norm(floats)):
             raise NonFiniteError(f"weights are not finite after step {trainer.next_step - 1}, so they are not saved.")
     model = plain_module(trainer.model)
     state = {

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tinygpt.data import Batch
-from tinygpt.errors import ConfigError, DataError, NonFiniteError
+from tinygpt.errors import CheckpointError, ConfigError, DataError, NonFiniteError
 from tinygpt.losses import LossFunction, LossSum
 from tinygpt.trainer._batches import find_non_finite, read_micro_batches, to_device
 
@@ -24,6 +24,36 @@ class StepResult(NamedTuple):
     seq_len: int
 
 
+class Update:
+    """The optimizer's change of the weights, which an error or a second Ctrl-C can cut short.
+
+    Attributes:
+        torn: Whether that happened: some weights are changed and some are not.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._optimizer = optimizer
+        self.torn = False
+
+    def __call__(self) -> None:
+        self.torn = True
+        self._optimizer.step()
+        self.torn = False
+
+    def check(self) -> None:
+        """Refuse to go on with weights, or to save them, of which some are changed and some are not.
+
+        Raises:
+            CheckpointError: If it happened.
+        """
+        if self.torn:
+            raise CheckpointError(
+                "the last step was cut short while the optimizer changed the weights, by an error or a second Ctrl-C: "
+                "some are changed and some are not. Load the last checkpoint first, with resume() or load_state(), or "
+                "build model, optimizer and trainer anew."
+            )
+
+
 def train_step(
     model: nn.Module,
     optimizer: Optimizer,
@@ -33,6 +63,7 @@ def train_step(
     index: int,
     batch_tokens: int | None,
     grad_clip: float | None,
+    update: Update,
     last_saved: Callable[[], Path | None],
 ) -> StepResult:
     """Add up the gradients of one step's micro-batches, check them, and let the optimizer change the weights.
@@ -45,6 +76,7 @@ def train_step(
         index: Number of the step, for messages.
         batch_tokens: Tokens of a step; `None` for one micro-batch.
         grad_clip: Largest norm of the gradient.
+        update: Lets the optimizer change the weights.
         last_saved: Returns the last good checkpoint, for messages.
 
     Raises:
@@ -93,6 +125,6 @@ def train_step(
         factor *= grad_clip / grad_norm
     if factor != 1.0:
         torch._foreach_mul_(gradients, factor)
-    optimizer.step()
+    update()
     optimizer.zero_grad()
     return StepResult(mean, grad_norm, expected, read[0].inputs.shape[1])

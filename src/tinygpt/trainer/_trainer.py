@@ -2,13 +2,14 @@
 
 import contextlib
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 
-from tinygpt.checkpoint import RunLock, checkpoint_folder, mark_latest
+from tinygpt.checkpoint import checkpoint_folder, mark_latest
 from tinygpt.data import Batch, ValidationSet
 from tinygpt.errors import ConfigError, NonFiniteError
 from tinygpt.losses import LossFunction, next_token_loss
@@ -21,17 +22,18 @@ from tinygpt.trainer._config import TrainerConfig
 from tinygpt.trainer._hooks import Hook
 from tinygpt.trainer._identity import MeasuredOn
 from tinygpt.trainer._meter import Meter
-from tinygpt.trainer._output import open_output
+from tinygpt.trainer._output import is_own, lock_of, open_output, refuse_taken_folder, was_announced
 from tinygpt.trainer._phases import Course, Phase
 from tinygpt.trainer._plan import check_boundaries, describe_plan, enter_phase
 from tinygpt.trainer._precision import set_precision
 from tinygpt.trainer._progress import progress_bar
 from tinygpt.trainer._rates import Rates
-from tinygpt.trainer._resume import load, newest_whole, refuse_going_back, resume_as_asked
-from tinygpt.trainer._saving import Save, Saver, checked_evaluation, close_at_exit, tidier
+from tinygpt.trainer._resume import load, newest_whole, refuse_another_course, resume_as_asked
+from tinygpt.trainer._retention import checked_evaluation, due_checkpoint, tidier
+from tinygpt.trainer._saving import Save, Saver, close_at_exit
 from tinygpt.trainer._signals import interruption, report_stop, stop_on_signal
 from tinygpt.trainer._state import capture
-from tinygpt.trainer._step import train_step
+from tinygpt.trainer._step import Update, train_step
 
 
 class Trainer:
@@ -55,7 +57,8 @@ class Trainer:
         loss_fn: Called as `loss_fn(model, batch)`; returns a sum and a count.
         tokenizer: Saved into checkpoints, so that `from_pretrained` users can encode; `None` takes the loader's.
         on_save: Called with the folder of each checkpoint once it is complete on disk, to publish it for example; by
-            the thread that trains, between two steps.
+            the thread that trains, between two steps. For one that was written when the process was killed, by the
+            resume; it may then be called a second time, never not at all.
 
     Attributes:
         evaluations: What `record("evaluation", bpb=...)` was given, by step; saved and resumed.
@@ -92,9 +95,7 @@ class Trainer:
         tokenizer: Tokenizer | None = None,
         on_save: Callable[[Path], None] | None = None,
     ) -> None:
-        check_arguments(model, optimizer, loader, config, tokenizer, phases)
-        if phases is not None and schedules is not None:
-            raise ConfigError("phases bring their own schedules; give either phases or schedules.")
+        check_arguments(model, optimizer, loader, config, tokenizer, phases, schedules)
         phases = [Phase(config.num_steps, schedules or {})] if phases is None else phases
         self.model = model
         self.optimizer = optimizer
@@ -106,8 +107,7 @@ class Trainer:
         self.tokenizer = tokenizer or getattr(loader, "tokenizer", None)
         self.on_save = on_save
         self.device = next(model.parameters()).device
-        self.next_step = 0
-        self.tokens = 0
+        self.next_step, self.tokens = 0, 0
         self.rates = Rates(optimizer, [phase.schedules for phase in phases], self.course.starts)
         check_boundaries(self.course, self.rates)
         self.precision = set_precision(model, config.precision, self.device)
@@ -117,11 +117,11 @@ class Trainer:
         self._meter = Meter(model, self.device, self.precision)
         self._metrics_file: MetricsFile | None = None
         self._last_saved: Path | None = None
+        self._unrecorded: StepMetrics | None = None
+        self._update = Update(optimizer)
         self.evaluations: list[dict[str, Any]] = []
         self._saver = Saver(self._report_save)
-        self._lock: contextlib.AbstractContextManager[object] = (
-            contextlib.nullcontext() if config.out_dir is None else RunLock(config.out_dir)
-        )
+        self._lock = lock_of(config.out_dir)
 
     @property
     def phases(self) -> tuple[Phase, ...]:
@@ -161,30 +161,34 @@ class Trainer:
         """Train from `next_step` to the end and yield after each step.
 
         Raises:
-            ConfigError: If `out_dir` holds another run's checkpoints or cannot be written, or batches do not make up
-                `batch_tokens`.
+            ConfigError: If `out_dir` holds another run or cannot be written, or batches do not make up `batch_tokens`.
             DataError: If the loader ends or a step has no target.
             NonFiniteError: If a loss or gradient is not finite; weights and optimizer are as before that step.
             CheckpointError: If a checkpoint cannot be written; one written in the background is reported between two
-                later steps. What was saved before stays, and the loop can be entered again. Also if another process
-                uses `out_dir`.
+                later steps. What was saved before stays, and the loop can be entered again: it begins with the
+                checkpoint that failed. Also if another process uses `out_dir`, or the weights were left half changed.
             Interrupted: After SIGINT or SIGTERM, once the state is saved; at an interactive prompt a KeyboardInterrupt.
         """
-        steps = self._run()
-        close_at_exit(steps)
-        return steps
+        return close_at_exit(self._run())
 
     def _run(self) -> Generator[StepMetrics, None, None]:
         with self._lock, stop_on_signal() as request:
+            self._update.check()
             output = self._open_output()
             try:
-                while self.next_step < self.config.num_steps:
+                self._saver.wait()
+                if self._saver.owed:  # as an error ended the loop before, which the caller has seen to
+                    self._save_if_due(stopping=False, left=False)
+                while self._unrecorded is not None or self.next_step < self.config.num_steps:
                     self._saver.poll()
-                    if self.next_step in self.course.boundaries:
-                        enter_phase(self, output)
-                    step = self._train_step()
+                    if self._unrecorded is None:
+                        if self.next_step in self.course.boundaries:
+                            enter_phase(self, output)
+                        self._unrecorded = self._train_step()
+                    step = self._unrecorded
                     if output is not None:
                         output.write_step(step)
+                    self._unrecorded = None
                     left = True
                     try:
                         yield step
@@ -230,11 +234,10 @@ class Trainer:
         """
         resume_as_asked(self, resume, accept, rewarm_steps)
         step = None
-        hooks = [hooks] if callable(hooks) else hooks
         with progress_bar(self, enabled=progress) as show, contextlib.closing(self._run()) as steps:
             for step in steps:
                 show(step)
-                for hook in hooks:
+                for hook in [hooks] if callable(hooks) else hooks:
                     hook(self, step)
         return step
 
@@ -266,8 +269,8 @@ class Trainer:
             The folder.
 
         Raises:
-            ConfigError: If there is neither a folder nor an `out_dir`.
-            CheckpointError: If it cannot be written, or another process uses `out_dir`.
+            ConfigError: If there is neither a folder nor an `out_dir`, or another run is there.
+            CheckpointError: If it cannot be written, `out_dir` is in use, or the weights were left half changed.
             NonFiniteError: If a weight is not finite: such a checkpoint could only mislead.
         """
         if folder is None:
@@ -276,18 +279,22 @@ class Trainer:
             folder = checkpoint_folder(self.checkpoint_dir, self.next_step)
         folder = Path(folder)
         with self._lock:
-            self._save(folder, tidy=lambda: mark_latest(folder) if folder.parent == self.checkpoint_dir else None)
+            if own := is_own(self, folder):
+                self._open_output()
+            self._save(folder, tidy=partial(mark_latest, folder) if own else None)
         return folder
 
     def _save(self, folder: Path, **options: Any) -> None:
+        self._update.check()
         self._saver.save(folder, self.next_step, lambda memory: capture(self, memory), **options)
 
     def _report_save(self, save: Save) -> None:
         self._last_saved = save.folder
-        if self._metrics_file is not None:
-            self._metrics_file.write("save", save.step - 1, **save.record())
         if self.on_save is not None:
             self.on_save(save.folder)
+        # After it, and not before: a checkpoint that a crash leaves without this line is announced by the resume.
+        if self._metrics_file is not None:
+            self._metrics_file.write("save", save.step - 1, **save.record())
 
     def load_state(
         self, folder: str | Path, *, accept: Collection[str] | str = (), rewarm_steps: int | None = None
@@ -310,19 +317,20 @@ class Trainer:
 
         Raises:
             CheckpointError: If the checkpoint is damaged or does not fit, or a difference was not accepted; the error
-                names the ways to go on.
+                names the ways to go on. Also if `out_dir` holds a run, and this is not its newest checkpoint.
             ConfigError: If a topic is not known, or `rewarm_steps` is not positive or longer than the rest of the run.
         """
         return self._load(Path(folder), checked_accept(accept), rewarm_steps, verified=False)
 
     def _load(self, folder: Path, accept: set[str], rewarm_steps: int | None, *, verified: bool) -> list[Change]:
-        refuse_going_back(folder, self.checkpoint_dir)
         with self._lock:
+            refuse_another_course(folder, self.checkpoint_dir)
             changes = load(self, folder, accept, rewarm_steps, verified=verified)
-            self._last_saved = folder
-            self._metrics_file = None
+            self._last_saved, self._metrics_file, self._unrecorded, self._update.torn = folder, None, None, False
             if output := self._open_output():
                 output.write("resume", self.next_step - 1, checkpoint=str(folder), changes=as_rows(changes))
+                if is_own(self, folder) and not was_announced(output, folder):
+                    self._report_save(Save(folder, self.next_step))
         return changes
 
     def resume(self, *, accept: Collection[str] | str = (), rewarm_steps: int | None = None) -> list[Change] | None:
@@ -332,6 +340,7 @@ class Trainer:
 
         Raises:
             CheckpointError: As in `load_state`, or if there are checkpoints and none is whole.
+            DataError: If `metrics.jsonl` is damaged.
             ConfigError: If the `TrainerConfig` has no `out_dir`.
         """
         accept = checked_accept(accept)
@@ -354,7 +363,6 @@ class Trainer:
     def _train_step(self) -> StepMetrics:
         self._meter.watch.start()
         lead = self.rates.apply(self.next_step)
-        loader = self.loader
         result = train_step(
             self.model,
             self.optimizer,
@@ -363,11 +371,12 @@ class Trainer:
             index=self.next_step,
             batch_tokens=self.course.batch_tokens[self.course.index_at(self.next_step)],
             grad_clip=self.config.grad_clip,
+            update=self._update,
             last_saved=self._last_good,
         )
+        epoch = getattr(self.loader, "epoch", None)
         self.tokens += result.tokens
         self.next_step += 1
-        epoch = getattr(loader, "epoch", None)
         return self._meter.measure(self.next_step - 1, result, lead, tokens=self.tokens, epoch=epoch)
 
     def _last_good(self) -> Path | None:
@@ -375,19 +384,17 @@ class Trainer:
         return self._last_saved
 
     def _save_if_due(self, *, stopping: bool, left: bool) -> None:
-        if self.config.out_dir is None or self.checkpoint_dir is None:
-            return
-        every = self.config.save_every
-        due = self.next_step == self.config.num_steps or (every is not None and self.next_step % every == 0)
-        due = due or self.next_step in self.course.boundaries
-        there = checkpoint_folder(self.checkpoint_dir, self.next_step)
-        if (due or stopping) and self._last_saved != there:
+        there = due_checkpoint(self, asked=stopping or self._saver.owed)
+        if there is not None and there == self._last_saved:  # by a save_state() of the caller
+            tidier(self, there)()
+        elif there is not None:
             # The last one is waited for in any case: a copy would only cost, and a program that ends starts no thread.
             last = stopping or left or self.next_step == self.config.num_steps
-            tidy = tidier(there, self.config, self.evaluations, self.protected_steps)
-            self._save(there, tidy=tidy, background=self.config.save_in_background and not last, left=left)
+            background = self.config.save_in_background and not last
+            self._save(there, tidy=tidier(self, there), background=background, left=left)
 
     def _open_output(self) -> MetricsFile | None:
-        if self._metrics_file is None and self.config.out_dir is not None:
-            self._metrics_file = open_output(self, self.config.out_dir)
+        if self.config.out_dir is not None:
+            refuse_taken_folder(self, self._last_saved)
+            self._metrics_file = self._metrics_file or open_output(self, self.config.out_dir)
         return self._metrics_file
