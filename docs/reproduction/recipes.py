@@ -162,7 +162,6 @@ def main() -> None:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "tinygpt": tinygpt.__version__,
-        "threads": torch.get_num_threads(),
         "recipes": rows,
     }
     (args.out / "recipes.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
