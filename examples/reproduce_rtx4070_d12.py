@@ -44,7 +44,6 @@ from tinygpt.trainer import Phase, every
 DECAY_FRACTION, FINAL_LR = 0.65, 0.05  # the last 65 % of the horizon decay, down to 5 % of the rate
 WSD_DECAY_FRACTION = 0.2
 WEIGHT_DECAY = 0.28  # at the reference batch of 524,288 tokens; times sqrt(1/8) = 0.099 at 65,536
-TOKENIZER_CHARACTERS = 500_000_000
 PROMPT = "The old captain looked at the sea and"
 
 
@@ -88,8 +87,7 @@ def schedules(scale: Scale, horizon: int, decay: float = DECAY_FRACTION) -> dict
 
 def phases_of(recipe: str, scale: Scale, accept: list[str]) -> list[Phase]:
     """Return the run as a list of phases."""
-    first, total = scale.phase_1_steps, scale.total_steps
-    whole = schedules(scale, total)
+    first, total, whole = scale.phase_1_steps, scale.total_steps, schedules(scale, scale.total_steps)
     if recipe == "documented":
         return [Phase(first, schedules(scale, first)), Phase(total - first, whole, accept=accept)]
     if recipe == "wsd":
@@ -106,7 +104,7 @@ def read_tokenizer(folder: Path, source: DocumentSource, vocab_size: int) -> Tok
     if not (folder / "tokenizer_config.json").exists():
         print(f"training a tokenizer of {vocab_size:,} entries ...", flush=True)
         texts = (text for text, _ in source.read())
-        train_bpe(texts, vocab_size=vocab_size, max_characters=TOKENIZER_CHARACTERS).save(folder)
+        train_bpe(texts, vocab_size=vocab_size, max_characters=500_000_000).save(folder)
     return load_tokenizer(folder)
 
 
@@ -122,10 +120,9 @@ def build(scale: Scale, device: str, seed: int, precision: torch.dtype) -> tuple
 def print_plan(scale: Scale, trainer: Trainer) -> None:
     """Say what is going to happen before it does."""
     model: Any = trainer.model
-    counts = model.num_parameters()
-    roles = ", ".join(f"{role.replace('_', ' ')} {count:,}" for role, count in counts._asdict().items())
+    counts = model.num_parameters()._asdict() | {"total": model.num_parameters().total}
     memory = training_memory(model, trainer.optimizer, rows=scale.rows, seq_len=scale.model.max_seq_len)
-    print(f"model of {counts.total:,} parameters: {roles}")
+    print("parameters: " + ", ".join(f"{role.replace('_', ' ')} {count:,}" for role, count in counts.items()))
     print(f"memory about {memory.total / 2**20:,.0f} MiB, an estimate\n{trainer.plan()}\n", flush=True)
 
 
@@ -179,8 +176,7 @@ def main() -> None:
         for count in range(1, len(phases) + 1):
             saved = latest_checkpoint(out / "checkpoints")
             done = saved is not None and checkpoint_step(saved) >= sum(phase.steps for phase in phases[:count])
-            # A finished run is resumed as well if there is a queue: its last checkpoint may not have got there.
-            if not done or (queue and count == len(phases)):
+            if not done or (queue and count == len(phases)):  # its last checkpoint may not have got into the queue
                 new_trainer(args.device, phases[:count]).fit([every(scale.interval, evaluate)], resume="auto")
 
     newest = latest_checkpoint(out / "checkpoints") or out
@@ -190,7 +186,7 @@ def main() -> None:
     print(f"\n{newest} loaded again: {evaluate_bpb(model, validation)}")
     print(f"token frequencies alone: {baseline:.4f} bits per byte\n\n{PROMPT}", end="")
     print(*stream_text(model, tokenizer, PROMPT, max_new_tokens=scale.sample_tokens, temperature=0.8, seed=0), sep="")
-    picture = plot_run(out / "metrics.jsonl", out / "curve.png", title=f"{out.name}", unigram_bpb=baseline)
+    picture = plot_run(out, out / "curve.png", title=out.name, unigram_bpb=baseline)
     print(f"\nthe run in a picture: {picture}\nthe model: GPT.from_pretrained({str(newest)!r})")
 
 
