@@ -104,6 +104,8 @@ def test_a_longer_run_is_refused_with_its_ways_on_until_it_is_meant(
     refusal = capsys.readouterr().err
     assert refusal.startswith("error: this run would go on differently")
     assert refusal.endswith("On the command line: --accept TOPIC for each topic, or --rewarm-steps N.\n")
+    assert run("train", str(recipe_file), "--model.depth", "2", "--out", "run", "--quiet") == 2
+    assert capsys.readouterr().err.endswith("To begin another run instead: another folder for --out.\n")
     assert Recipe.load("run").num_steps == 6
     assert run("resume", "run", "--num-steps", "9", "--rewarm-steps", "2", "--quiet") == 0
     assert run("resume", "run", "--num-steps", "12", "--accept", "schedule", "--quiet") == 0
@@ -171,7 +173,7 @@ def test_generate_reads_prompts_from_standard_input(
 def test_generate_stops_slides_and_reads_other_weights(finished_run: Path, capsys: Captured) -> None:
     long = ["generate", str(finished_run), "-p", "Call me", "-n", "60", "--temperature", "0"]
     assert run(*long) == 2
-    assert "context" in capsys.readouterr().err
+    assert "or pass --overflow slide." in capsys.readouterr().err
     assert run(*long, "--overflow", "slide", "--weights", "float32") == 0
     text = capsys.readouterr().out
     assert run(*long, "--overflow", "slide", "--stop", text[12]) == 0
@@ -215,6 +217,7 @@ def test_export_and_import_give_the_model_back(finished_run: Path, here: Path, c
     found = run_json(capsys, "export", str(finished_run), "exported")
     assert found["architecture"] is None  # smear, backout and value embeddings exist in no class of transformers
     assert run("export", str(finished_run), "exported") == 2
+    assert "choose another folder or give --overwrite." in capsys.readouterr().err
     assert run("export", str(finished_run), "exported", "--overwrite", "--dtype", "float32") == 0
     assert "trust_remote_code=True" in capsys.readouterr().out
     found = run_json(capsys, "import", "exported", "back")

@@ -48,7 +48,7 @@ def test_every_command_is_listed_and_says_what_it_does(command: str, capsys: pyt
     assert command in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c not in ("report", "compare", "push")])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_ends_with_an_example_that_the_parser_takes(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     import shlex
 
@@ -66,6 +66,7 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["abacus"], "there is no command 'abacus' (see tinygpt --help)"),
     ([], "the following arguments are required: COMMAND"),
     (["train"], "give either a recipe file or --depth N"),
+    (["train", "--depht", "2"], "such as --depth 4; did you mean --depth?"),
     (["train", "x.toml", "--depth", "2"], "give either a recipe file or --depth N"),
     (["train", "absent.toml"], "the recipe absent.toml cannot be read: No such file or directory"),
     (["train", "--depth", "two"], "argument --depth: invalid int value: 'two'"),
@@ -74,7 +75,14 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["train", "--depth", "1", "--quit"], "--quit is no option of this command, and as a field of a recipe it needs a"),
     (["train", "--depth", "1", "--accept", "all"], "argument --accept: invalid choice: 'all'"),
     (["train", "--depth", "1", "--data.train", "absent.txt", "--out", "r"], "absent.txt does not exist"),
-    (["train", "--depth", "1", "--device", "abacus", "--out", "r"], "device='abacus' cannot be used"),
+    (
+        ["train", "--depth", "1", "--device", "abacus", "--out", "r"],
+        "device='abacus' cannot be used: it is none that torch knows; give",
+    ),
+    (
+        ["train", "--depth", "1", "--data.train", "words.txt", "--out", "r"],
+        r"unless a separator parts it. Give --data.separator '\n\n' if blank lines part your documents",
+    ),
     (["train", "--depth", "1", "--batch-tokens", "1000"], "batch_tokens=1000 is not a multiple of the loader's batch"),
     (["resume"], "the following arguments are required: RUN"),
     (["resume", "absent"], "there is no run absent; tinygpt train begins one"),
@@ -85,7 +93,8 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["tokenizer", "trian"], "invalid choice: 'trian'"),
     (["tokenizer", "train", "absent", "--vocab-size", "300", "--out", "t"], "absent does not exist"),
     (["tokenizer", "train", "embedded", "--vocab-size", "9", "--out", "t"], "vocab_size=9 has no room for 256 bytes"),
-    (["eval", "absent"], "absent brings no validation set"),
+    (["eval", "absent"], "'absent' is neither an existing folder"),
+    (["eval", "."], ". brings no validation set"),
     (["eval", "absent", "--domains", "x"], "--domains x has no name; write NAME=TEXT"),
     (["eval", "absent", "--validation", "embedded"], "'absent' is neither an existing folder"),
     (["generate", "absent", "-p", "x"], "'absent' is neither an existing folder"),
@@ -100,6 +109,7 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["train", "a.toml", "b.toml"], "'b.toml' is more than this command takes"),
     (["info", "absent"], "'absent' is neither an existing folder"),
     (["info", "."], ". is neither a run, a checkpoint, a model"),
+    (["info", "words.txt"], "It is text to train on: tinygpt train --depth 4 --data.train words.txt"),
     (["completion", "cmd"], "invalid choice: 'cmd'"),
     (["completion"], "the following arguments are required: shell"),
 ]
@@ -110,6 +120,7 @@ def test_a_mistake_is_one_line_with_status_2(
     here: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (here / "file").write_text("")
+    (here / "words.txt").write_text("one document")
     try:
         status: object = main(arguments)
     except SystemExit as stop:  # from the parser

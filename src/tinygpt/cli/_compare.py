@@ -12,6 +12,7 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         help="set runs side by side",
         description="Write comparison.md, comparison.html and pictures: curves over each other, results, and the "
         "settings in which the runs differ.",
+        epilog="example: tinygpt compare runs/first runs/second --out comparison",
     )
     parser.add_argument("folders", metavar="RUN", nargs="+", help="folders of two or more runs")
     parser.add_argument("--out", metavar="DIR", default="comparison", help="folder to write to (default: comparison)")

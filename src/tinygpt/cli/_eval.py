@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tinygpt.cli._source import add_source_options, load_source, open_text
+from tinygpt.cli._source import add_source_options, load_source, model_folder, open_text
 
 if TYPE_CHECKING:
     from tinygpt.data import ValidationSet
@@ -51,6 +51,8 @@ def _run(options: argparse.Namespace) -> None:
     if wanted is None and own.exists():
         wanted = str(own)
     if wanted is None and not options.domains and not options.core:
+        if not Path(options.source).exists() and "/" not in options.source:
+            model_folder(options.source)  # refuses it: no path, and no name of a repository
         raise ConfigError(
             f"{options.source} brings no validation set; give --validation TEXT (embedded for the book), --domains "
             "NAME=TEXT, or --core BUNDLE."

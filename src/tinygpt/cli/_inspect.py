@@ -17,6 +17,9 @@ _EXTRAS = {
     "plot": "matplotlib",
     "eval": "lm_eval",
     "cli": "shtab",
+    "chat": "prompt_toolkit",
+    "serve": "uvicorn",
+    "transformers": "transformers",
 }
 
 
@@ -29,8 +32,11 @@ def describe_path(path: Path) -> Facts:
     for kind, belongs, describe in _KINDS:
         if belongs(path):
             return {"kind": kind, "path": str(path), **describe(path)}
+    text = path.suffix in {".txt", ".jsonl", ".parquet"}
+    hint = f" It is text to train on: tinygpt train --depth 4 --data.train {path}" if text else ""
     raise ConfigError(
         f"{path} is neither a run, a checkpoint, a model, token shards, a tokenizer, a validation set nor a recipe."
+        + hint
     )
 
 

@@ -50,6 +50,9 @@ _COMMANDS = (
     _completion,
 )
 
+# What messages of the library name as an argument and a command has as an option.
+_TYPED = {"overwrite=True": "--overwrite", "overflow='slide'": "--overflow slide"}
+
 _INTERRUPTED = 130
 _BROKEN_PIPE = 141  # as shells report SIGPIPE
 
@@ -80,7 +83,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (TinyGPTError, OSError) as error:
         if isinstance(error, BrokenPipeError):
             return _leave_pipe()
-        print(f"error: {error}", file=sys.stderr)
+        message = str(error)
+        for argument, option in _TYPED.items():
+            message = message.replace(argument, option)
+        print(f"error: {message}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped; run the same command again to go on", file=sys.stderr)

@@ -16,6 +16,7 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         help="publish a model on the Hugging Face Hub, or finish what a run could not push",
         description="With REPO: push a model with its tokenizer, a card written from the run's record, and its "
         "learning curve. Without: make the pushes that a run has queued and could not make.",
+        epilog="example: tinygpt push runs/first user/repo --dry-run",
     )
     parser.add_argument("source", metavar="RUN_OR_FOLDER", help="a run, a checkpoint, or a saved model")
     parser.add_argument("repo", metavar="REPO", nargs="?", help="user/repo, made if it is missing")

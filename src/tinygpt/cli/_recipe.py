@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tinygpt.cli._parser import unescaped
+from tinygpt.cli._parser import suggestion, unescaped
 
 if TYPE_CHECKING:
     from tinygpt.recipe import Recipe
@@ -45,7 +45,8 @@ def recipe_of(options: argparse.Namespace) -> "Recipe":
     from tinygpt.recipe import Recipe
 
     if (options.recipe is None) == (options.depth is None):
-        raise ConfigError("give either a recipe file or --depth N, such as --depth 4.")
+        hints = [suggestion(f"--{name}", ["--depth", "--out"]) for name in options.overrides]
+        raise ConfigError(f"give either a recipe file or --depth N, such as --depth 4{''.join(hints)}")
     if options.recipe is not None:
         return Recipe.load(options.recipe, overrides=overrides_of(options))
     asked = {name.replace("-", "_"): value for name, value in options.overrides.items()}
@@ -81,20 +82,29 @@ def add_resume_options(parser: argparse.ArgumentParser) -> None:
 def train(recipe: "Recipe", out: Path, options: argparse.Namespace) -> None:
     """Print the plan and train, from the newest checkpoint on if there is one."""
     from tinygpt.checkpoint import latest_checkpoint
-    from tinygpt.errors import CheckpointError
+    from tinygpt.errors import CheckpointError, DataError
     from tinygpt.trainer import Interrupted
 
     print(recipe.plan(), flush=True)
-    run = recipe.build(out)
     try:
+        run = recipe.build(out)
         last = run.fit(accept=options.accept, rewarm_steps=options.rewarm_steps, progress=not options.quiet)
     except Interrupted:
         print(f"to go on: tinygpt resume {out}", file=sys.stderr)
         raise
     except CheckpointError as error:
-        if "accept=[" in str(error):
-            raise CheckpointError(
-                f"{error}\nOn the command line: --accept TOPIC for each topic, or --rewarm-steps N."
+        if "Ways to go on:" not in str(error):
+            raise
+        lines = [str(error)]
+        if "accept=[" in lines[0]:
+            lines.append("On the command line: --accept TOPIC for each topic, or --rewarm-steps N.")
+        if hasattr(options, "out"):
+            lines.append("To begin another run instead: another folder for --out.")
+        raise CheckpointError("\n".join(lines)) from None
+    except DataError as error:
+        if "no document falls to" in str(error):  # the first thing that one's own text file runs into
+            raise DataError(
+                rf"{error} Give --data.separator '\n\n' if blank lines part your documents, or --data.validation TEXT."
             ) from None
         raise
     if last is None:

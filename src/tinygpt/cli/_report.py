@@ -14,8 +14,9 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         help="write a page about a run",
         description="Write report.md, report.html and pictures from a run's own files. The run may be complete, "
         "running, dead or cut off. The page needs nothing outside itself.",
+        epilog="example: tinygpt report runs/first --open yes",
     )
-    parser.add_argument("folder", metavar="RUN", help="folder of the run: the out_dir of its TrainerConfig")
+    parser.add_argument("folder", metavar="RUN", help="folder of the run: --out of train, out_dir of a TrainerConfig")
     parser.add_argument("--out", metavar="DIR", help="folder for the report (default: RUN/report)")
     add_output_options(parser)
     parser.set_defaults(run=_run)

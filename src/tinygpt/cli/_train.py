@@ -15,7 +15,7 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         description="Train what a recipe names, or a model of so many layers on the book that comes with tinygpt. The "
         "plan is printed first. Stopped at any moment, by Ctrl-C or a crash, the same command goes on where it was. "
         + FIELDS,
-        epilog="example: tinygpt train --depth 4 --data.train corpus.txt --num-steps 500 --out runs/first",
+        epilog="example: tinygpt train --depth 4 --data.train corpus.txt --data.separator '\\n\\n' --out runs/first",
     )
     add_recipe_options(parser)
     parser.add_argument("--out", metavar="RUN", help="folder of the run (default: runs/ and the recipe's name)")

@@ -52,7 +52,7 @@ def hash_split(
             partial(_falls_to, side, validation_fraction, seed),
             ["hash split", 1, side, validation_fraction, seed],
             f"no document falls to {side} at validation_fraction={validation_fraction}; "
-            "give more text or choose another fraction.",
+            "give more documents or another fraction. A text file is one document unless a separator parts it.",
         )
         for side in ("training", "validation")
     )

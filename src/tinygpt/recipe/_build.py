@@ -191,7 +191,9 @@ def resolve_device(name: str) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
         reason = str(error).partition("\n")[0]
-        raise ConfigError(f"device={name!r} cannot be used: {reason}") from None
+        if reason.startswith("Expected one of"):  # more than twenty names, most of which nobody has
+            reason = "it is none that torch knows"
+        raise ConfigError(f"device={name!r} cannot be used: {reason}; give auto, cpu, cuda, cuda:1 or mps.") from None
     return device
 
 
