@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import tinygpt
+from tinygpt import manifest
 from tinygpt.checkpoint import (
     RunLock,
     SnapshotMemory,
@@ -469,3 +470,34 @@ def test_a_run_does_not_write_through_links_in_its_folder(tmp_path: Path) -> Non
     (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
     with RunLock(tmp_path / "link"):
         pass
+
+
+@pytest.mark.parametrize("size", [0, 99, 100, 101, 250, 300])
+def test_damage_in_any_block_of_a_large_file_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    monkeypatch.setattr(manifest, "_BLOCK_BYTES", 100)
+    content = bytes(range(256)) * 2
+    (tmp_path / "data").write_bytes(content[:size])
+    manifest.write_manifest(tmp_path)
+    entry = json.loads((tmp_path / "manifest.json").read_text("utf-8"))["files"]["data"]
+    assert len(entry.get("blocks", [])) == (-(-size // 100) if size > 100 else 0)
+    assert entry["sha256"] == hashlib.sha256(content[:size]).hexdigest()
+    assert manifest.check_manifest(tmp_path) == {"data"}
+    for place in range(0, size, 50):
+        damaged = bytearray(content[:size])
+        damaged[place] ^= 1
+        (tmp_path / "data").write_bytes(damaged)
+        with pytest.raises(CheckpointError, match="data is damaged: its sha256 is not the one"):
+            manifest.check_manifest(tmp_path)
+
+
+def test_blocks_that_do_not_fit_the_size_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(manifest, "_BLOCK_BYTES", 100)
+    (tmp_path / "data").write_bytes(bytes(250))
+    document = json.loads(manifest.write_manifest(tmp_path).read_text("utf-8"))
+    for wrong in ([], document["files"]["data"]["blocks"][:2], "blocks", None):
+        document["files"]["data"]["blocks"] = wrong
+        (tmp_path / "manifest.json").write_text(json.dumps(document), "utf-8")
+        with pytest.raises(CheckpointError, match=r"manifest\.json is damaged: the blocks of data do not fit its size"):
+            manifest.check_manifest(tmp_path)

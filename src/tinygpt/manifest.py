@@ -25,12 +25,28 @@ MAX_JSON_BYTES = 32 * 2**20
 MAX_HEADER_BYTES = 32 * 2**20
 """Largest list of tensors in a safetensors file; the format itself allows 100 MB."""
 
+# A file larger than this is hashed block by block as well, so that a load can use all cores.
+_BLOCK_BYTES = 64 * 2**20
+_READ_BYTES = 2**20
+
+_Part = tuple[Path, int, int | None]  # a file, an offset, and a length; None for all of the file
+
 
 def write_manifest(folder: Path) -> Path:
-    """Write the size and sha256 of every file in the folder into its `manifest.json`; return that file."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    hashes = zip(files, _sha256_of(files), strict=True)
-    entries = {p.relative_to(folder).as_posix(): {"size": p.stat().st_size, "sha256": sha256} for p, sha256 in hashes}
+    """Write size and sha256 of every file in the folder, and of the blocks of large ones, into its `manifest.json`.
+
+    Returns:
+        That file.
+    """
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST_FILE)
+    parts = {path: _blocks(path.stat().st_size) for path in files}
+    found = iter(_sha256_of([part for path in files for part in ((path, 0, None), *((path, *b) for b in parts[path]))]))
+    entries: dict[str, Any] = {}
+    for path in files:
+        entry: dict[str, Any] = {"size": path.stat().st_size, "sha256": next(found)}
+        if parts[path]:
+            entry["blocks"] = [next(found) for _ in parts[path]]
+        entries[path.relative_to(folder).as_posix()] = entry
     document = {
         "format_version": FORMAT_VERSION,
         "tinygpt_version": tinygpt.__version__,
@@ -66,13 +82,13 @@ def check_manifest(folder: Path, *, only: Collection[str] | None = None, hashes:
         if name not in files:
             raise CheckpointError(f"{folder / MANIFEST_FILE} does not list {name}, so nothing can vouch for it.")
         _check_size(folder, name, files[name])
-    paths = [folder / name for name in names] if hashes else []
+    expected = [part for name in names for part in _parts(folder, name, files[name])] if hashes else []
     try:
-        found = _sha256_of(paths)
+        found = _sha256_of([part for part, _ in expected])
     except OSError as error:
         raise CheckpointError(f"{error.filename or folder} cannot be read: {error}.") from None
-    for path, name, sha256 in zip(paths, names, found, strict=False):
-        if sha256 != files[name].get("sha256"):
+    for ((path, _, _), wanted), sha256 in zip(expected, found, strict=True):
+        if sha256 != wanted:
             raise CheckpointError(f"{path} is damaged: its sha256 is not the one in {MANIFEST_FILE}.")
     return set(files)
 
@@ -149,16 +165,45 @@ def _check_size(folder: Path, name: str, entry: Any) -> None:
         raise CheckpointError(f"{path} is missing or cannot be read: {error}.") from None
 
 
-def _sha256_of(paths: Iterable[Path]) -> list[str]:
-    """Hash files at the same time; hashlib lets other threads run meanwhile."""
-    paths = list(paths)
+def _blocks(size: int) -> list[tuple[int, int]]:
+    """Return offset and length of the blocks of a large file, which several threads can hash; none of a small one."""
+    if size <= _BLOCK_BYTES:
+        return []
+    return [(offset, min(_BLOCK_BYTES, size - offset)) for offset in range(0, size, _BLOCK_BYTES)]
+
+
+def _parts(folder: Path, name: str, entry: dict[str, Any]) -> list[tuple[_Part, str]]:
+    """Return what of a file to hash and what should come out: its blocks if the manifest has them, else all of it.
+
+    Raises:
+        CheckpointError: If the manifest has another number of blocks.
+    """
+    if "blocks" not in entry:
+        return [((folder / name, 0, None), entry["sha256"])]
+    blocks, wanted = _blocks(entry["size"]), entry["blocks"]
+    if not blocks or not isinstance(wanted, list) or len(wanted) != len(blocks):
+        raise CheckpointError(f"{folder / MANIFEST_FILE} is damaged: the blocks of {name} do not fit its size.")
+    return [((folder / name, *block), sha256) for block, sha256 in zip(blocks, wanted, strict=True)]
+
+
+def _sha256_of(parts: Iterable[_Part]) -> list[str]:
+    """Hash files and blocks at the same time; hashlib lets other threads run meanwhile."""
+    parts = list(parts)
     try:
         with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-            return list(pool.map(_sha256, paths))
+            return list(pool.map(_sha256, parts))
     except RuntimeError:  # the program is ending and starts no more threads
-        return [_sha256(path) for path in paths]
+        return [_sha256(part) for part in parts]
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _sha256(part: _Part) -> str:
+    path, offset, length = part
+    with path.open("rb", buffering=0) as file:
+        if length is None:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        file.seek(offset)
+        digest, buffer = hashlib.sha256(), memoryview(bytearray(_READ_BYTES))
+        while length > 0 and (count := file.readinto(buffer[: min(length, _READ_BYTES)])):
+            digest.update(buffer[:count])
+            length -= count
+        return digest.hexdigest()

@@ -9,6 +9,7 @@ import torch
 
 from small_runs import everything
 from tinygpt import GPT, GPTConfig, Trainer, TrainerConfig
+from tinygpt.checkpoint import claim_run_folder
 from tinygpt.data import (
     BatchLoader,
     TextDocuments,
@@ -392,3 +393,15 @@ def test_a_model_with_fewer_ids_than_the_tokenizer_is_refused(tmp_path: Path) ->
     small = {**TINY["model"], "vocab_size": 100}
     with pytest.raises(ConfigError, match=r"257 ids, more than model.vocab_size=100; leave model.vocab_size out"):
         tiny(model=small).build(tmp_path)
+
+
+def test_an_empty_recipe_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "empty.toml").write_text("", "utf-8")
+    with pytest.raises(ConfigError, match=r"empty\.toml is empty; name at least one field"):
+        Recipe.load(tmp_path / "empty.toml")
+
+
+def test_a_file_in_the_place_of_the_run_is_named(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("", "utf-8")
+    with pytest.raises(CheckpointError, match="run is a file; a run needs a folder of its own"):
+        claim_run_folder(tmp_path / "run", {"seed": 0})

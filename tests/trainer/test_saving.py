@@ -333,6 +333,6 @@ def test_damage_is_verified_once_when_a_run_is_resumed(tmp_path: Path, monkeypat
     list(make_trainer(tmp_path, num_steps=2))
     hashed: list[str] = []
     original = manifest._sha256
-    monkeypatch.setattr(manifest, "_sha256", lambda path: hashed.append(path.name) or original(path))
+    monkeypatch.setattr(manifest, "_sha256", lambda path: hashed.append(path[0].name) or original(path))
     make_trainer(tmp_path).resume()
     assert len(hashed) == len(set(hashed)) == 6

@@ -103,6 +103,8 @@ def claim_run_folder(folder: str | Path, identity: Mapping[str, Any]) -> None:
         CheckpointError: If the folder belongs to a run with another identity, or cannot be written.
     """
     path = Path(folder) / RUN_FILE
+    if path.parent.exists() and not path.parent.is_dir():
+        raise CheckpointError(f"{folder} is a file; a run needs a folder of its own. Choose another name.")
     if path.exists():
         there = read_json(path)
         different = [

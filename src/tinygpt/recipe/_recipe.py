@@ -225,7 +225,10 @@ class Recipe(Config):
         Raises:
             ConfigError: If it cannot be read or is no recipe; the message names the field.
         """
-        return cls.from_fields(read_recipe(Path(path), cls), overrides=overrides, where=str(path))
+        fields = read_recipe(Path(path), cls)
+        if not fields:
+            raise ConfigError(f"{path} is empty; name at least one field, such as num_steps = 500.")
+        return cls.from_fields(fields, overrides=overrides, where=str(path))
 
     @classmethod
     def from_fields(cls, fields: dict[str, Any], *, overrides: dict[str, str] | None = None, where: str = "") -> Self:
