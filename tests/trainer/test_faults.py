@@ -345,7 +345,7 @@ def test_a_folder_belongs_to_the_run_that_claimed_it(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"belongs to another run: seed was 1 and is 2\. Choose another folder"):
         claim_run_folder(tmp_path / "run", {"recipe": "a", "seed": 2})
     (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match="cannot be written"):
+    with pytest.raises(CheckpointError, match="is a file; a run needs a folder of its own"):
         claim_run_folder(tmp_path / "file", {})
 
 
