@@ -20,6 +20,7 @@ from typing import Any, get_args
 import numpy as np
 import torch
 from _measure import Row, Work, arguments, parse, report, seconds_text, time_rounds, timed_rows
+from _peers import litgpt_llama, transformers_llama
 from torch import Tensor
 
 from tinygpt import GPT, GPTConfig, Trainer, TrainerConfig
@@ -72,24 +73,12 @@ def ours(model: GPT, prompts: Tensor, new: int, *, shared: bool = False) -> Writ
 
 def transformers_writer(config: GPTConfig, prompts: Tensor, new: int) -> Writer | None:
     """Return a writer with `generate` of transformers, if that is installed."""
-    try:
-        library: Any = importlib.import_module("transformers")
-    except ImportError:
-        return None
-    llama = library.LlamaConfig(
-        vocab_size=config.vocab_size,
-        hidden_size=config.dim,
-        intermediate_size=8 * config.dim // 3,  # three matrices with the weights of our two
-        num_hidden_layers=config.num_layers,
-        num_attention_heads=config.num_heads,
-        max_position_embeddings=config.max_seq_len,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
     torch.manual_seed(0)
-    model = library.LlamaForCausalLM(llama).eval()
+    model: Any = transformers_llama(config)
+    if model is None:
+        return None
+    model.eval()
+    library: Any = importlib.import_module("transformers")
 
     class Clock(library.StoppingCriteria):  # type: ignore[misc]
         def __init__(self, tick: Callable[[], None]) -> None:
@@ -113,29 +102,12 @@ def transformers_writer(config: GPTConfig, prompts: Tensor, new: int) -> Writer 
 
 def litgpt_writer(config: GPTConfig, prompts: Tensor, new: int) -> Writer | None:
     """Return a writer with litgpt's model and cache, if that is installed, in the loop of its own `generate`."""
-    try:
-        library: Any = importlib.import_module("litgpt")
-    except ImportError:
+    torch.manual_seed(0)
+    model = litgpt_llama(config)
+    if model is None:
         return None
     rows, length = prompts.shape
-    torch.manual_seed(0)
-    model = library.GPT(
-        library.Config(
-            name="same size",
-            n_layer=config.num_layers,
-            n_head=config.num_heads,
-            n_embd=config.dim,
-            intermediate_size=8 * config.dim // 3,
-            block_size=config.max_seq_len,
-            vocab_size=config.vocab_size,
-            padded_vocab_size=config.vocab_size,
-            rotary_percentage=1.0,
-            parallel_residual=False,
-            bias=False,
-            norm_class_name="RMSNorm",
-            mlp_class_name="LLaMAMLP",
-        )
-    ).eval()
+    model.eval()
     model.max_seq_length = length + new
     model.set_kv_cache(batch_size=rows)
 

@@ -4,8 +4,18 @@
 from our weights, and loss and gradients are compared before anything is timed. Both train in float32. Our model takes
 `MuonAdamW`; the plain one takes the same Muon as a Python loop over parameters and `torch.optim.AdamW` as it comes.
 Memory is that of a process that does nothing else: its peak, and the part of it above what was there before the model.
+
+A second table compares forward and backward with other libraries' models of the same size, the mean loss over all
+targets as each takes it. They lack our value embeddings, gates and soft cap; "tinygpt, as they are" is our blocks put
+together as theirs.
+
+transformers, litgpt and x-transformers are not needed; without them their rows are left out. litgpt asks for older
+versions of what we use: `pip install transformers x-transformers` and
+`pip install --no-deps litgpt lightning lightning-utilities torchmetrics litdata` are enough for this script.
 """
 
+import argparse
+import gc
 import time
 
 import torch
@@ -22,6 +32,7 @@ from _measure import (
     time_rounds,
     timed_rows,
 )
+from _peers import PEERS, library, tinygpt_llama
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -238,6 +249,76 @@ def two_steps(kind: str, config: GPTConfig, rows: int) -> Work:
     return work
 
 
+def peer_step(name: str, config: GPTConfig, rows: int) -> Work | None:
+    """Return forward and backward of one batch through a model by name; `None` if its library is not installed."""
+    torch.manual_seed(0)
+    if name in PEERS:
+        model = PEERS[name](config)
+    else:
+        model = GPT.from_config(config) if name == "tinygpt" else tinygpt_llama(config)
+    if model is None:
+        return None
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(config.vocab_size, (rows, config.max_seq_len + 1), generator=generator)
+    batch = Batch.from_rows(tokens, bos_token_id=0)
+
+    def step() -> None:
+        model.zero_grad()
+        if isinstance(model, GPT):
+            loss = next_token_loss(model, batch).total / batch.targets.numel()
+        else:
+            output = model(batch.inputs)
+            logits = getattr(output, "logits", output)
+            loss = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten())
+        loss.backward()  # type: ignore[no-untyped-call]
+
+    return step
+
+
+def two_peer_steps(name: str, config: GPTConfig, rows: int) -> Work:
+    """Return work that builds a model and takes two steps without an optimizer; its library is imported before."""
+    library(name.replace("-", "_"))
+
+    def work() -> None:
+        step = peer_step(name, config, rows)
+        assert step is not None
+        step()
+        step()
+
+    return work
+
+
+def compare_peers(config: GPTConfig, rows: int, args: argparse.Namespace) -> None:
+    """Time forward and backward against other libraries and print the second table."""
+    names = ["tinygpt", "tinygpt, as they are", *PEERS]
+    steps = {name: step for name in names if (step := peer_step(name, config, rows)) is not None}
+    found = list(steps)
+    if found[2:]:
+        gc.freeze()  # the libraries hold a million objects, which each collection between two runs would go through
+        table = timed_rows(time_rounds(steps, args.rounds), baseline=found[2])
+        steps.clear()
+        for row in table:
+            used = peak_memory(two_peer_steps, row["variant"], config, rows)
+            row["tokens_per_second"] = rows * config.max_seq_len / row["median_seconds"]
+            row["peak_mib"] = None if used is None else used.peak / MIB
+            row["extra_mib"] = None if used is None else used.extra_mib
+        report(
+            "training_step_peers",
+            {"layers": config.num_layers, "dim": config.dim, "batch": f"{rows} x {config.max_seq_len}"},
+            table,
+            {
+                "forward + backward": seconds_text,
+                f"x speed of {found[2]}": lambda row: f"{row['speed']:.2f}",
+                "tokens/s": lambda row: f"{row['tokens_per_second']:,.0f}",
+                "peak MiB": lambda row: mib_text(row["peak_mib"]),
+                "above start": lambda row: mib_text(row["extra_mib"]),
+            },
+            args,
+        )
+    else:
+        print("no other library is installed to compare with")
+
+
 def main() -> None:
     parser = arguments(__doc__ or "", rounds=9)
     parser.add_argument("--window-pattern", default="L", help="L for full attention, S for a window (default L)")
@@ -292,6 +373,7 @@ def main() -> None:
     if all(memory):
         ratios = [getattr(memory[1], name) / getattr(memory[0], name) for name in ("peak", "extra_mib")]
         print(f"memory of tinygpt / plain: {ratios[0]:.2f} at the peak, {ratios[1]:.2f} of what training took on top\n")
+    compare_peers(config, rows, args)
 
 
 if __name__ == "__main__":
