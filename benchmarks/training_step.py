@@ -292,31 +292,27 @@ def compare_peers(config: GPTConfig, rows: int, args: argparse.Namespace) -> Non
     """Time forward and backward against other libraries and print the second table."""
     names = ["tinygpt", "tinygpt, as they are", *PEERS]
     steps = {name: step for name in names if (step := peer_step(name, config, rows)) is not None}
-    found = list(steps)
-    if found[2:]:
-        gc.freeze()  # the libraries hold a million objects, which each collection between two runs would go through
-        table = timed_rows(time_rounds(steps, args.rounds), baseline=found[2])
-        steps.clear()
-        for row in table:
-            used = peak_memory(two_peer_steps, row["variant"], config, rows)
-            row["tokens_per_second"] = rows * config.max_seq_len / row["median_seconds"]
-            row["peak_mib"] = None if used is None else used.peak / MIB
-            row["extra_mib"] = None if used is None else used.extra_mib
-        report(
-            "training_step_peers",
-            {"layers": config.num_layers, "dim": config.dim, "batch": f"{rows} x {config.max_seq_len}"},
-            table,
-            {
-                "forward + backward": seconds_text,
-                f"x speed of {found[2]}": lambda row: f"{row['speed']:.2f}",
-                "tokens/s": lambda row: f"{row['tokens_per_second']:,.0f}",
-                "peak MiB": lambda row: mib_text(row["peak_mib"]),
-                "above start": lambda row: mib_text(row["extra_mib"]),
-            },
-            args,
-        )
-    else:
-        print("no other library is installed to compare with")
+    gc.freeze()  # the libraries hold a million objects, which each collection between two runs would go through
+    table = timed_rows(time_rounds(steps, args.rounds), baseline="tinygpt")
+    steps.clear()
+    for row in table:
+        used = peak_memory(two_peer_steps, row["variant"], config, rows)
+        row["tokens_per_second"] = rows * config.max_seq_len / row["median_seconds"]
+        row["peak_mib"] = None if used is None else used.peak / MIB
+        row["extra_mib"] = None if used is None else used.extra_mib
+    report(
+        "training_step_peers",
+        {"layers": config.num_layers, "dim": config.dim, "batch": f"{rows} x {config.max_seq_len}"},
+        table,
+        {
+            "forward + backward": seconds_text,
+            "x speed of tinygpt": lambda row: f"{row['speed']:.2f}",
+            "tokens/s": lambda row: f"{row['tokens_per_second']:,.0f}",
+            "peak MiB": lambda row: mib_text(row["peak_mib"]),
+            "above start": lambda row: mib_text(row["extra_mib"]),
+        },
+        args,
+    )
 
 
 def main() -> None:

@@ -26,7 +26,7 @@ FILES = {
     "loss": {"loss": {"extra_mib"}},
     "optimizer_step": {"optimizer_step": {"extra_mib", "extra_fraction"}},
     "packing": {"packing": {"rows_per_second", "lost_fraction"}},
-    "training_step": {"training_step": set()},
+    "training_step": {"training_step": set(), "training_step_peers": {"tokens_per_second", "peak_mib", "extra_mib"}},
 }
 
 
