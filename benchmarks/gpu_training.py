@@ -1,0 +1,245 @@
+"""How fast and how lean is training on a GPU, against plain PyTorch, and over batch, context and depth?
+
+Every case runs in a process of its own, which trains real steps on random tokens and reports time, tokens/s, share of
+the GPU's peak (MFU) and `torch.cuda.max_memory_allocated`. The plain case is `PlainGPT` of `training_step.py`, the same
+architecture through SDPA, all logits at once, `torch.autocast` in bfloat16, whole-model `torch.compile`,
+`torch.optim.Muon` and fused AdamW. `--parts` chooses tables:
+
+- variants: the documented model, plain and with our options, at `--rows` x `--seq`;
+- batch, context, depth: the curves of our standard settings.
+
+A case that does not fit in memory is a row that says so. Without a GPU only `--quick` runs, which shows that the script
+works.
+"""
+
+import argparse
+import multiprocessing
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from typing import NamedTuple
+
+import torch
+from _measure import MIB, Row, arguments, parse, report, seconds_text, timed_rows
+from torch import nn
+from training_step import PlainGPT
+
+from tinygpt import GPT, GPTConfig
+from tinygpt.data import Batch
+from tinygpt.losses import next_token_loss
+from tinygpt.metrics import peak_flops
+from tinygpt.optim import MuonAdamW, nanochat_rules, param_groups
+
+PARTS = ("variants", "batch", "context", "depth")
+
+
+class Case(NamedTuple):
+    """One process: a model, a batch and how it is trained."""
+
+    name: str
+    config: GPTConfig
+    rows: int
+    kind: str = "tinygpt"
+    compile: str = "block"  # "none", "block" or "model"
+    checkpointing: str = "none"
+    matmul: str = "bfloat16"
+    micro_batches: int = 1
+
+
+class Result(NamedTuple):
+    """What a process measured."""
+
+    seconds: list[float]
+    first_seconds: float
+    peak_bytes: int | None
+    flops_per_token: int
+    peak_flops: float | None
+    error: str | None
+
+
+Step = Callable[[], None]
+
+
+def plain_step(case: Case, device: torch.device) -> Step:
+    """Return a whole training step of the plain model."""
+    torch.manual_seed(0)
+    model: nn.Module = PlainGPT(case.config).to(device)
+    if case.compile == "model":
+        model.compile(dynamic=False)
+    matrices = [p for name, p in model.named_parameters() if name.startswith("blocks.") and p.ndim == 2]
+    tables = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    muon_params = [p for p in matrices if id(p) not in tables]
+    chosen = {id(p) for p in muon_params}
+    rest = [p for p in model.parameters() if id(p) not in chosen]
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.Muon(muon_params, lr=0.02, momentum=0.95),
+        torch.optim.AdamW(rest, lr=3e-4, fused=True),
+    ]
+    batches = [batch(case, device, number) for number in range(case.micro_batches)]
+
+    def step() -> None:
+        for part in batches:
+            with torch.autocast(device.type, torch.bfloat16):
+                loss = model(part.inputs, part.targets)
+            (loss / len(batches)).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return step
+
+
+def tinygpt_step(case: Case, device: torch.device) -> Step:
+    """Return a whole training step of ours, with the settings of the documented run."""
+    torch.manual_seed(0)
+    model = GPT.from_config(case.config).to(device)
+    model.set_compute_dtype(torch.bfloat16, embeddings=True)
+    optimizer = MuonAdamW(
+        param_groups(model, nanochat_rules(model_dim=case.config.dim)), compile=case.compile != "none"
+    )
+    if case.compile == "model":
+        model.compile(dynamic=False)
+    elif case.compile == "block":
+        for block in model.blocks:
+            block.compile(dynamic=False)
+    batches = [batch(case, device, number) for number in range(case.micro_batches)]
+    targets = sum(part.targets.numel() for part in batches)
+
+    def step() -> None:
+        for part in batches:
+            (next_token_loss(model, part).total / targets).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def batch(case: Case, device: torch.device, seed: int) -> Batch:
+    """Return random tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(case.config.vocab_size, (case.rows, case.config.max_seq_len + 1), generator=generator)
+    return Batch.from_rows(tokens.to(device), bos_token_id=0)
+
+
+def measure(case: Case, steps: int, device_name: str) -> Result:
+    """Train a few steps in this process and measure them; the first ones compile and are left out."""
+    device = torch.device(device_name)
+    cuda = device.type == "cuda"
+
+    def now() -> float:
+        if cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    flops = GPT.flops_per_token(_on_meta(case.config))
+    peak = peak_flops(device, torch.bfloat16)
+    try:
+        step = (plain_step if case.kind == "plain" else tinygpt_step)(case, device)
+        start = now()
+        step()
+        first = now() - start
+        step()
+        seconds = []
+        for _ in range(steps):
+            start = now()
+            step()
+            seconds.append(now() - start)
+    except torch.OutOfMemoryError:
+        return Result([], 0.0, None, flops, peak, "out of memory")
+    used = torch.cuda.max_memory_allocated() if cuda else None
+    return Result(seconds, first, used, flops, peak, None)
+
+
+def _on_meta(config: GPTConfig) -> GPT:
+    with torch.device("meta"):
+        return GPT.from_config(config)
+
+
+def measured(cases: list[Case], args: argparse.Namespace) -> list[Row]:
+    """Run every case in a fresh process and return the rows of a table, the first of them the baseline."""
+    results: dict[str, Result] = {}
+    for case in cases:
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            results[case.name] = pool.submit(measure, case, args.rounds, args.device).result()
+        found = results[case.name]
+        print(f"  {case.name}: {found.error or f'{min(found.seconds):.3f} s a step'}", flush=True)
+    fitting = {name: result.seconds for name, result in results.items() if result.error is None}
+    if not fitting:
+        return []
+    rows = timed_rows(fitting, baseline=next(iter(fitting)))
+    by_name = {case.name: case for case in cases}
+    for row in rows:
+        case, result = by_name[row["variant"]], results[row["variant"]]
+        tokens = case.rows * case.config.max_seq_len * case.micro_batches
+        row["tokens_per_second"] = tokens / row["median_seconds"]
+        row["peak_mib"] = None if result.peak_bytes is None else result.peak_bytes / MIB
+        row["first_seconds"] = result.first_seconds
+        known = result.peak_flops is not None
+        row["mfu"] = row["tokens_per_second"] * result.flops_per_token / result.peak_flops if known else None
+    return rows
+
+
+def variants(config: GPTConfig, args: argparse.Namespace) -> list[Case]:
+    """Return the documented model, plain and with our options."""
+    ours = Case("tinygpt", config, args.rows, micro_batches=args.micro_batches)
+    return [
+        ours._replace(name="plain PyTorch, compiled whole", kind="plain", compile="model"),
+        ours._replace(name="plain PyTorch, eager", kind="plain", compile="none"),
+        ours._replace(name="tinygpt, eager", compile="none"),
+        ours._replace(name="tinygpt, compiled by block"),
+        ours._replace(name="tinygpt, compiled whole", compile="model"),
+    ]
+
+
+def curves(part: str, config: GPTConfig, args: argparse.Namespace) -> list[Case]:
+    """Return the cases of a curve: the tokens of a micro-batch stay the same over context and depth."""
+    tokens = args.rows * config.max_seq_len
+    if part == "batch":
+        return [Case(f"{rows} rows", config, rows) for rows in (1, 2, 4, 8, 16, 32)]
+    if part == "context":
+        lengths = [length for length in (512, 1024, 2048, 4096, 8192, 16384) if length <= tokens]
+        return [Case(f"context {n:,}", config.replace(max_seq_len=n), tokens // n) for n in lengths]
+    depths = (6, 8, 12, 16, 20, 24)
+    return [Case(f"depth {d}", GPTConfig.from_depth(d, max_seq_len=config.max_seq_len), args.rows) for d in depths]
+
+
+def main() -> None:
+    parser = arguments(__doc__ or "", rounds=10)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="which tables (default all)")
+    parser.add_argument("--rows", type=int, default=8, help="rows of a micro-batch (default 8)")
+    parser.add_argument("--seq", type=int, default=2_048, help="tokens of a row (default 2048)")
+    parser.add_argument("--depth", type=int, default=12, help="layers; 64 wide each (default 12, the 286 M model)")
+    parser.add_argument("--micro-batches", type=int, default=4, help="of a step in the first table (default 4)")
+    parser.add_argument("--window-pattern", default="L", help="L for full attention, S for a window (default L)")
+    args = parse(parser)
+    args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    config = GPTConfig.from_depth(args.depth, max_seq_len=args.seq, window_pattern=args.window_pattern)
+    if args.quick:
+        args.rows, args.micro_batches, args.parts = 2, 1, ["variants"]
+        config = GPTConfig(num_layers=3, dim=64, num_heads=2, vocab_size=512, max_seq_len=32)
+    elif args.device == "cpu":
+        parser.error("this benchmark needs a CUDA device; --quick runs without one, training_step.py is for the CPU.")
+    for part in args.parts:
+        print(part, flush=True)
+        cases = variants(config, args) if part == "variants" else curves(part, config, args)
+        if args.quick:  # nothing that needs a compiler
+            cases = [case for case in cases if case.compile == "none"]
+        device = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
+        report(
+            f"gpu_training_{part}",
+            {"device": device, "depth": config.num_layers, "dim": config.dim, "batch": f"{args.rows} x {args.seq}"},
+            measured(cases, args),
+            {
+                "step": seconds_text,
+                "x speed of the first": lambda row: f"{row['speed']:.2f}",
+                "tokens/s": lambda row: f"{row['tokens_per_second']:,.0f}",
+                "MFU": lambda row: "n/a" if row["mfu"] is None else f"{row['mfu']:.1%}",
+                "peak MiB": lambda row: "n/a" if row["peak_mib"] is None else f"{row['peak_mib']:,.0f}",
+                "first step": lambda row: f"{row['first_seconds']:.1f} s",
+            },
+            args,
+        )
+
+
+if __name__ == "__main__":
+    main()
