@@ -20,7 +20,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -37,7 +36,7 @@ from tinygpt.publish import PushQueue
 from tinygpt.report import plot_run
 from tinygpt.scaling import lr_factor
 from tinygpt.schedules import Schedule, cosine_weight_decay, muon_momentum, warmup_stable_decay
-from tinygpt.tokenizer import Tokenizer, load_tokenizer, train_bpe
+from tinygpt.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, train_bpe
 from tinygpt.trainer import Phase, every
 
 # The documented run. Everything it did not choose itself is a default of GPTConfig and nanochat_rules.
@@ -108,6 +107,11 @@ def read_tokenizer(folder: Path, source: DocumentSource, vocab_size: int) -> Tok
     return load_tokenizer(folder)
 
 
+def precision_on(device: str) -> torch.dtype:
+    """Return what the run computes in."""
+    return torch.bfloat16 if device == "cuda" else torch.float32
+
+
 def build(scale: Scale, device: str, seed: int, precision: torch.dtype) -> tuple[GPT, MuonAdamW]:
     """Make a new model and its optimizer; in bfloat16 the token tables are stored in it as well."""
     torch.manual_seed(seed)
@@ -117,11 +121,14 @@ def build(scale: Scale, device: str, seed: int, precision: torch.dtype) -> tuple
     return model, MuonAdamW(param_groups(model, rules))
 
 
-def print_plan(scale: Scale, trainer: Trainer) -> None:
-    """Say what is going to happen before it does."""
-    model: Any = trainer.model
+def print_plan(scale: Scale, seed: int, device: str, phases: list[Phase], train: DocumentSource) -> None:
+    """Say what is going to happen before it does; on the meta device, without memory for weights."""
+    model, optimizer = build(scale, "meta", seed, precision_on(device))
+    loader = BatchLoader(train, ByteTokenizer(), rows=scale.rows, seq_len=scale.model.max_seq_len)  # reads nothing
+    config = TrainerConfig(num_steps=scale.total_steps, batch_tokens=scale.batch_tokens)
+    trainer = Trainer(model, optimizer, loader, config, phases=phases)
     counts = model.num_parameters()._asdict() | {"total": model.num_parameters().total}
-    memory = training_memory(model, trainer.optimizer, rows=scale.rows, seq_len=scale.model.max_seq_len)
+    memory = training_memory(model, optimizer, rows=scale.rows, seq_len=scale.model.max_seq_len)
     print("parameters: " + ", ".join(f"{role.replace('_', ' ')} {count:,}" for role, count in counts.items()))
     print(f"memory about {memory.total / 2**20:,.0f} MiB, an estimate\n{trainer.plan()}\n", flush=True)
 
@@ -151,6 +158,7 @@ def main() -> None:
     phases = phases_of(args.recipe, scale, args.accept)
     train = open_source(args.data) if args.data else embedded_corpus("train")
     held_out = open_source(args.validation) if args.data else embedded_corpus("validation")
+    print_plan(scale, args.seed, args.device, phases, train)  # refuses rates that jump, before any work
     # Another run's folder is refused.
     claim_run_folder(out, {"scale": args.scale, "recipe": args.recipe, "seed": args.seed, "data": train.fingerprint()})
     tokenizer = read_tokenizer(out / "tokenizer", train, scale.model.vocab_size)
@@ -163,21 +171,19 @@ def main() -> None:
         trainer.record("evaluation", bpb=report.bpb, loss=report.loss, data_hash=report.data_hash)
         print(f"\nstep {step.index + 1:,}: validation {report}", flush=True)
 
-    def new_trainer(device: str, phases: list[Phase]) -> Trainer:
-        precision = torch.bfloat16 if args.device == "cuda" else torch.float32
-        model, optimizer = build(scale, device, args.seed, precision)
+    def new_trainer(phases: list[Phase]) -> Trainer:
+        model, optimizer = build(scale, args.device, args.seed, precision_on(args.device))
         loader = BatchLoader(train, tokenizer, rows=scale.rows, seq_len=seq_len, overflow=scale.overflow)
         config = TrainerConfig(num_steps=sum(phase.steps for phase in phases), batch_tokens=scale.batch_tokens,
-                               out_dir=str(out), save_every=scale.interval, compile=device == "cuda")  # fmt: skip
+                               out_dir=str(out), save_every=scale.interval, compile=args.device == "cuda")  # fmt: skip
         return Trainer(model, optimizer, loader, config, phases=phases, validation=validation, on_save=queue)
 
-    print_plan(scale, new_trainer("meta", phases))  # without memory for its weights
     with queue or nullcontext():
         for count in range(1, len(phases) + 1):
             saved = latest_checkpoint(out / "checkpoints")
             done = saved is not None and checkpoint_step(saved) >= sum(phase.steps for phase in phases[:count])
             if not done or (queue and count == len(phases)):  # its last checkpoint may not have got into the queue
-                new_trainer(args.device, phases[:count]).fit([every(scale.interval, evaluate)], resume="auto")
+                new_trainer(phases[:count]).fit([every(scale.interval, evaluate)], resume="auto")
 
     newest = latest_checkpoint(out / "checkpoints") or out
     model = GPT.from_pretrained(newest, device=args.device)

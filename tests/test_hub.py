@@ -221,12 +221,12 @@ show(lambda: hub.resolve("user/tiny", local_files_only=True))
     unknown, revision, closed, upload, public, uncached = client(hub, tmp_path, code).splitlines()
     assert unknown == (
         "No folder 'user/typo' exists, and downloading user/typo from the Hub failed: no such repository (HTTP 401); "
-        "check the name, or pass a token if it is private."
+        "check the name, and if it is private run `hf auth login` or set HF_TOKEN, or pass token=...."
     )
     assert revision.endswith("the repository has no such revision; check the branch, tag or commit.")
-    assert "access denied (HTTP 403); pass token=" in closed
+    assert "access denied (HTTP 403); the account needs permission: run `hf auth login`" in closed
     assert "Uploading" in upload
-    assert "access denied (HTTP 403); pass token=" in upload
+    assert "access denied (HTTP 403); the account needs permission: run `hf auth login`" in upload
     assert "'user/open' exists and is public, but private=True was asked for" in public
     assert len(hub.repos["user/open"].commits) == 1
     assert "the local Hub cache has no complete copy of user/tiny" in uncached
@@ -283,7 +283,7 @@ hub.upload_folder(folder / "saved", "user/given", token="hf_given")
 """
     message = client(hub, tmp_path, code, token=None)
     assert "Uploading 'saved' to 'user/tiny' failed: there is no access token." in message
-    assert "set HF_TOKEN, run `hf auth login`, or pass token=..." in message
+    assert "run `hf auth login` or set HF_TOKEN, or pass token=..." in message
     assert hub.repos.keys() == {"user/given"}
 
 

@@ -43,6 +43,22 @@ def record_of(trainer: Trainer) -> dict[str, Any]:
     )
 
 
+def _cpuinfo() -> str:
+    file = Path("/proc/cpuinfo")
+    return file.read_text("utf-8") if file.exists() else ""
+
+
+def test_a_machine_that_does_not_name_its_processor_has_a_record(
+    trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreadable(*_: object) -> str:
+        raise PermissionError
+
+    monkeypatch.setattr("pathlib.Path.read_text", unreadable)
+    monkeypatch.setattr("platform.processor", lambda: "")
+    assert record_of(trainer)["environment"]["device_name"] is None
+
+
 def test_the_record_is_json_and_says_what_the_parts_say(trainer: Trainer) -> None:
     record = record_of(trainer)
     assert json.loads(json.dumps(record, allow_nan=False)) == record
@@ -58,6 +74,9 @@ def test_the_record_is_json_and_says_what_the_parts_say(trainer: Trainer) -> Non
     assert record["batch"] == {"tokens": 128, "rows": 2, "seq_len": 32, "micro_batches": 2}
     assert record["settings"]["num_steps"] == 4
     assert "out_dir" not in record["settings"]
+    names = [line.partition(":")[2] for line in _cpuinfo().splitlines() if line.startswith("model name")]
+    if names:
+        assert record["environment"]["device_name"] == " ".join(names[0].split())
     assert record["schedules"]["lr"].startswith("warmup_stable_decay(total_steps=4,")
     assert record["precision"] == "float32"
     assert record["environment"]["torch"] == torch.__version__

@@ -149,14 +149,17 @@ def test_repr_is_the_call_that_builds_the_schedule_again() -> None:
 
 REFUSED: list[tuple[Callable[[], object], str]] = [
     (lambda: warmup_stable_decay(0, decay_steps=0), "total_steps=0 must be at least 1"),
-    (lambda: warmup_stable_decay(10, warmup_steps=11, decay_steps=1), "warmup_steps=11 does not fit; choose 0 to 10"),
-    (lambda: warmup_stable_decay(10, decay_steps=11), "decay_steps=11 does not fit; choose 0 to 10"),
+    (
+        lambda: warmup_stable_decay(10, warmup_steps=11, decay_steps=1),
+        "warmup_steps=11 does not fit a run of 10 steps; choose 0 to 10",
+    ),
+    (lambda: warmup_stable_decay(10, decay_steps=11), "decay_steps=11 does not fit a run of 10 steps; choose 0 to 10"),
     (lambda: warmup_stable_decay(10), "exactly one of decay_fraction and decay_steps"),
     (lambda: warmup_stable_decay(10, decay_fraction=0.5, decay_steps=5), "exactly one of"),
     (lambda: warmup_stable_decay(10, decay_fraction=1.5), "decay_fraction=1.5 must be within 0 to 1"),
     (lambda: warmup_stable_decay(10, decay_steps=5, shape="cubic"), "'cubic' is unknown; choose 'linear' or"),  # type: ignore[arg-type]
     (lambda: linear_warmup(0), "warmup_steps=0 must be at least 1"),
-    (lambda: cosine(10, warmup_steps=10), "warmup_steps=10 does not fit; choose 0 to 9"),
+    (lambda: cosine(10, warmup_steps=10), "warmup_steps=10 does not fit a run of 10 steps; choose 0 to 9"),
     (lambda: cosine(0), "total_steps=0 must be"),
     (lambda: cosine_weight_decay(-1), "total_steps=-1 must be"),
     (lambda: muon_momentum(0), "total_steps=0 must be"),

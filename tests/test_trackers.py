@@ -19,7 +19,7 @@ from tinygpt.errors import ConfigError, MissingDependencyError
 from tinygpt.metrics import StepMetrics
 from tinygpt.optim import MuonAdamW
 from tinygpt.tokenizer import ByteTokenizer
-from tinygpt.trackers import Tracking, open_tracker, track
+from tinygpt.trackers import Tracking, check_tracker, open_tracker, track
 
 NUM_STEPS = 3
 
@@ -122,6 +122,20 @@ def test_an_absent_package_is_named_with_its_extra(name: str, tmp_path: Path, mo
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(MissingDependencyError, match=rf'pip install "tinygpt\[{name}\]"'):
         open_tracker(name, "project", "run", folder=None if name == "trackio" else tmp_path)
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(MissingDependencyError, match=rf'pip install "tinygpt\[{name}\]"'):
+        check_tracker(name)
+
+
+def test_a_folder_of_a_trackers_name_is_no_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if importlib.util.find_spec("wandb") is not None:
+        pytest.skip("wandb is installed")
+    (tmp_path / "wandb").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(MissingDependencyError, match="No module named 'wandb'"):
+        check_tracker("wandb")
+    with pytest.raises(ConfigError, match="tracker 'abacus' is not known"):
+        check_tracker("abacus")
 
 
 # Each runs in a process of its own: these packages start threads, change the environment and warn of their own parts.

@@ -1,7 +1,9 @@
 """What a run is made of, as JSON: written to its metrics.jsonl at each start, read by `tinygpt.report`."""
 
+import contextlib
 import platform
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -126,11 +128,21 @@ def _environment(device: torch.device, precision: torch.dtype) -> dict[str, Any]
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "device": device.type,
-        "device_name": torch.cuda.get_device_name(device) if on_gpu else platform.processor() or None,
+        "device_name": torch.cuda.get_device_name(device) if on_gpu else _processor(),
         "device_memory_bytes": torch.cuda.get_device_properties(device).total_memory if on_gpu else None,
         "peak_flops": peak_flops(device, precision),
         "threads": torch.get_num_threads(),
     }
+
+
+def _processor() -> str | None:
+    """Return the name of the processor; Linux tells it nowhere but in a file, of which some machines have none."""
+    with contextlib.suppress(OSError, UnicodeError):
+        for line in Path("/proc/cpuinfo").read_text("utf-8").splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() == "model name" and value.strip():
+                return " ".join(value.split())
+    return platform.processor() or None
 
 
 def _model(model: nn.Module, seq_len: int | None) -> dict[str, Any]:

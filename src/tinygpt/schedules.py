@@ -122,14 +122,14 @@ def warmup_stable_decay(
         ```
     """
     _check_positive("total_steps", total_steps)
-    _check_within("warmup_steps", warmup_steps, total_steps)
+    _check_within("warmup_steps", warmup_steps, total_steps, total_steps)
     if (decay_fraction is None) == (decay_steps is None):
         raise ConfigError("warmup_stable_decay needs exactly one of decay_fraction and decay_steps.")
     if decay_fraction is not None:
         _check_fraction(decay_fraction)
         decay_steps = round(decay_fraction * total_steps)
     assert decay_steps is not None
-    _check_within("decay_steps", decay_steps, total_steps)
+    _check_within("decay_steps", decay_steps, total_steps, total_steps)
     if shape not in ("linear", "one_minus_sqrt"):
         raise ConfigError(f"shape={shape!r} is unknown; choose 'linear' or 'one_minus_sqrt'.")
     length = decay_steps
@@ -165,7 +165,7 @@ def cosine(total_steps: int, *, warmup_steps: int = 0, final: float = 0.0) -> Sc
         Loshchilov and Hutter, [SGDR](https://arxiv.org/abs/1608.03983), 2016, without restarts.
     """
     _check_positive("total_steps", total_steps)
-    _check_within("warmup_steps", warmup_steps, total_steps - 1)
+    _check_within("warmup_steps", warmup_steps, total_steps - 1, total_steps)
 
     def schedule(step: int) -> float:
         if step < warmup_steps:
@@ -268,9 +268,9 @@ def _check_positive(name: str, value: int) -> None:
         raise ConfigError(f"{name}={value} must be at least 1.")
 
 
-def _check_within(name: str, value: int, limit: int) -> None:
+def _check_within(name: str, value: int, limit: int, total_steps: int) -> None:
     if not 0 <= value <= limit:
-        raise ConfigError(f"{name}={value} does not fit; choose 0 to {limit}.")
+        raise ConfigError(f"{name}={value} does not fit a run of {total_steps} steps; choose 0 to {limit}.")
 
 
 def _check_fraction(value: float) -> None:

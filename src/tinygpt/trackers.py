@@ -9,6 +9,7 @@ import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -16,7 +17,7 @@ from typing import Any, Protocol, Self
 from tinygpt.errors import ConfigError, MissingDependencyError
 from tinygpt.metrics import StepMetrics
 
-__all__ = ["Tracker", "Tracking", "open_tracker", "track"]
+__all__ = ["Tracker", "Tracking", "check_tracker", "open_tracker", "track"]
 
 _logger = logging.getLogger("tinygpt")
 
@@ -32,6 +33,23 @@ class Tracker(Protocol):
 
     def close(self) -> None:
         """Write out what is still kept back; called once."""
+
+
+def check_tracker(name: str) -> None:
+    """Look whether a tracker can be opened, without importing or opening it.
+
+    Args:
+        name: As for `open_tracker`.
+
+    Raises:
+        ConfigError: If it is not known.
+        MissingDependencyError: If its package is not installed.
+    """
+    if name not in _OPENERS:
+        raise ConfigError(f"tracker {name!r} is not known; choose {', '.join(sorted(_OPENERS))}.")
+    spec = find_spec(name)  # each is called as its package is; a folder that wandb wrote is no package
+    if spec is None or spec.origin is None:
+        raise _missing(name, f"No module named {name!r}")
 
 
 def open_tracker(
@@ -69,8 +87,7 @@ def open_tracker(
         trainer.fit(track(tracker))
         ```
     """
-    if name not in _OPENERS:
-        raise ConfigError(f"tracker {name!r} is not known; choose {', '.join(sorted(_OPENERS))}.")
+    check_tracker(name)
     if not project or not _RUN_NAME.fullmatch(run):
         raise ConfigError(
             f"project={project!r}, run={run!r}: a project needs a name, and that of a run begins with a letter or "
@@ -79,9 +96,7 @@ def open_tracker(
     try:
         return _OPENERS[name](project, run, None if folder is None else Path(folder), dict(settings or {}), resume)
     except ImportError as error:
-        raise MissingDependencyError(
-            f'the tracker {name!r} needs a package that is not installed ({error}): pip install "tinygpt[{name}]".'
-        ) from None
+        raise _missing(name, str(error)) from None
 
 
 class Tracking:
@@ -178,6 +193,12 @@ def track(tracker: Tracker, *, every: int = 1, prefix: str = "train/") -> Tracki
         ```
     """
     return Tracking(tracker, every=every, prefix=prefix)
+
+
+def _missing(name: str, reason: str) -> MissingDependencyError:
+    return MissingDependencyError(
+        f'the tracker {name!r} needs a package that is not installed ({reason}): pip install "tinygpt[{name}]".'
+    )
 
 
 def _taken(run: str) -> ConfigError:

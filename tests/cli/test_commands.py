@@ -2,9 +2,13 @@
 
 import io
 import json
+import re
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -86,7 +90,9 @@ def test_stopped_by_ctrl_c_and_resumed_it_ends_bit_for_bit_the_same(here: Path, 
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=100)
     assert process.returncode == 130, errors
-    assert "to go on: tinygpt resume stopped" in errors
+    assert "the state is saved in stopped/checkpoints/step-" in errors
+    assert "; to go on: tinygpt resume stopped.\n" in errors
+    assert "trainer.resume" not in errors
     assert "Traceback" not in errors
     done = len(read_metrics("stopped/metrics.jsonl"))
     assert done < 100
@@ -103,9 +109,17 @@ def test_a_longer_run_is_refused_with_its_ways_on_until_it_is_meant(
     assert run("resume", "run", "--num-steps", "9", "--quiet") == 2
     refusal = capsys.readouterr().err
     assert refusal.startswith("error: this run would go on differently")
-    assert refusal.endswith("On the command line: --accept TOPIC for each topic, or --rewarm-steps N.\n")
+    assert ways(refusal) == {
+        "keep the settings of the checkpoint": "tinygpt resume run",
+        "go over gradually": "tinygpt resume run --num-steps 9 --rewarm-steps 3",
+        "accept it knowingly": "tinygpt resume run --num-steps 9 --accept schedule",
+        "begin another run": "tinygpt train run --num-steps 9 --out run-new",
+    }
     assert run("train", str(recipe_file), "--model.depth", "2", "--out", "run", "--quiet") == 2
-    assert capsys.readouterr().err.endswith("To begin another run instead: another folder for --out.\n")
+    assert ways(capsys.readouterr().err) == {
+        "keep the settings of the checkpoint": "tinygpt resume run",
+        "begin another run": f"tinygpt train {recipe_file} --model.depth 2 --out run-new",
+    }
     assert Recipe.load("run").num_steps == 6
     assert run("resume", "run", "--num-steps", "9", "--rewarm-steps", "2", "--quiet") == 0
     assert run("resume", "run", "--num-steps", "12", "--accept", "schedule", "--quiet") == 0
@@ -113,6 +127,86 @@ def test_a_longer_run_is_refused_with_its_ways_on_until_it_is_meant(
     assert run("resume", "run", "--quiet") == 0
     assert run("train", "run", "--out", "again", "--quiet") == 0
     assert checkpoint(here / "again", 12).is_dir()
+
+
+def ways(refusal: str) -> dict[str, str]:
+    """Return the commands that a refused resume offers."""
+    return dict(re.findall(r"^  - (.*?): (.*)$", refusal, re.MULTILINE))
+
+
+def test_every_way_on_can_be_typed_as_it_is_printed(here: Path, recipe_file: Path, capsys: Captured) -> None:
+    assert run("train", str(recipe_file), "--save-every", "2", "--keep-last", "none", "--out", "run", "--quiet") == 0
+    capsys.readouterr()
+    assert run("resume", "run", "--num-steps", "9", "--quiet") == 2
+    offered = ways(capsys.readouterr().err)
+    branch = offered["branch from before the decay, where no rate jumps"]
+    assert branch == "tinygpt train run --num-steps 9 --from run/checkpoints/step-000002 --out run-branch"
+    keep, gradually, accept, begin = (
+        offered[way]
+        for way in (
+            "keep the settings of the checkpoint",
+            "go over gradually",
+            "accept it knowingly",
+            "begin another run",
+        )
+    )
+    shutil.copytree("run", "spare")
+    for command in (keep, gradually, accept.replace(" run ", " spare "), branch, begin):
+        assert run(*shlex.split(command)[1:], "--quiet") == 0, command
+    for folder in ("run", "spare", "run-branch", "run-new"):
+        assert checkpoint(here / folder, 9).is_dir()
+    resumed = [line for line in read_metrics("run-branch/metrics.jsonl") if line["event"] == "resume"]
+    assert [(line["step"], line["checkpoint"]) for line in resumed] == [(1, "run/checkpoints/step-000002")]
+    shutil.rmtree("run")  # the branch goes on without what it came from
+    capsys.readouterr()
+    assert run("resume", "run-branch", "--quiet") == 0
+    assert "run-branch: all 9 steps are done" in capsys.readouterr().out
+
+
+def test_a_branch_from_nowhere_makes_no_folder(here: Path, recipe_file: Path, capsys: Captured) -> None:
+    assert run("train", str(recipe_file), "--from", "absent", "--out", "run") == 2
+    assert capsys.readouterr().err == "error: there is no checkpoint folder absent.\n"
+    assert not Path("run").exists()
+
+
+@pytest.mark.parametrize("step", [3, 6])
+def test_a_stop_says_how_to_go_on_and_after_the_last_step_that_there_is_nothing_left(
+    step: int, here: Path, recipe_file: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if threading.current_thread() is not threading.main_thread():
+        pytest.skip("signals go to the main thread")
+
+    def measure(*arguments: Any) -> Any:
+        signal.raise_signal(signal.SIGINT)  # as if Ctrl-C were pressed while the step is being measured
+        return evaluate_bpb(*arguments)
+
+    monkeypatch.setattr("tinygpt.recipe._build.evaluate_bpb", measure)
+    with pytest.raises(SystemExit) as stop:
+        run("train", str(recipe_file), "--evaluate-every", str(step), "--out", "run", "--quiet")
+    assert stop.value.code == 130
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    if step == 6:
+        assert last == "stopped after step 5: that was the last one, training is complete."
+    else:
+        saved = checkpoint(Path("run"), 3)
+        assert last == f"stopped after step 2: the state is saved in {saved}; to go on: tinygpt resume run."
+
+
+def test_numbers_go_to_a_tracker_and_a_resume_goes_on_with_its_run(here: Path, recipe_file: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    command = ["train", str(recipe_file), "--evaluate-every", "3", "--tracker", "tensorboard", "--out", "run"]
+    assert run(*command, "--quiet") == 0
+    assert Recipe.load("run").trackers == ["tensorboard"]
+    assert run("resume", "run", "--num-steps", "9", "--rewarm-steps", "2", "--quiet") == 0
+    assert run("resume", "run", "--quiet") == 0  # nothing is left to send
+    events = EventAccumulator("run/tensorboard/tinygpt/run").Reload()
+    steps = [line for line in read_metrics("run/metrics.jsonl") if line["event"] == "step"]
+    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [
+        (line["step"], pytest.approx(line["loss"])) for line in steps
+    ]
+    assert [e.step for e in events.Scalars("validation/bpb")] == [2, 5, 8]
 
 
 def test_plan_as_text_as_json_and_as_a_recipe(here: Path, recipe_file: Path, capsys: Captured) -> None:
@@ -261,8 +355,6 @@ def test_info_knows_everything_that_is_written(finished_run: Path, here: Path, c
 
 
 def test_info_sees_damage(finished_run: Path, here: Path, capsys: Captured) -> None:
-    import shutil
-
     shutil.copytree(finished_run, "run")
     weights = checkpoint(Path("run")) / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"?")
@@ -270,7 +362,9 @@ def test_info_sees_damage(finished_run: Path, here: Path, capsys: Captured) -> N
     assert "damaged" in run_json(capsys, "info", str(checkpoint(Path("run"))))["state"]
     with pytest.warns(UserWarning, match="passing over a damaged checkpoint"):
         assert run("generate", "run", "-p", "x") == 2
-    assert "has no whole checkpoint" in capsys.readouterr().err
+    assert "every checkpoint of the run run is damaged; tinygpt train run --out NEW" in capsys.readouterr().err
+    assert run("push", "run", "user/tiny", "--dry-run") == 2
+    assert "model.safetensors is damaged" in capsys.readouterr().err
     shutil.rmtree("run/checkpoints")
     assert run("generate", "run", "-p", "x") == 2
     assert "has no checkpoint yet" in capsys.readouterr().err

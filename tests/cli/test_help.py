@@ -84,6 +84,19 @@ MISTAKES: list[tuple[list[str], str]] = [
         r"unless a separator parts it. Give --data.separator '\n\n' if blank lines part your documents",
     ),
     (["train", "--depth", "1", "--batch-tokens", "1000"], "batch_tokens=1000 is not a multiple of the loader's batch"),
+    (
+        ["train", "--depth", "1", "--batch-tokens", "3000", "--out", "r"],
+        "a multiple of the loader's batch of 8 x 256 = 2048 tokens; choose 2048 or 4096.",
+    ),
+    (["train", "--depth", "1", "--num-steps", "5", "--schedules.lr.warmup-steps", "9"], "fit a run of 5 steps; choose"),
+    (["train", "--depth", "1", "--data.train", "notes.md", "--out", "r"], "give the file the ending of what it holds."),
+    (["train", "--depth", "1", "--data.train", "mixed", "--out", "r"], "put each kind into a folder of its own"),
+    (["train", "--depth", "1", "--data.train", "a.jsonl", "--out", "r"], "choose one with --data.text-key."),
+    (["train", "--depth", "1", "--data.validation", "absent", "--out", "r"], "absent does not exist."),
+    (["train", "--depth", "1", "--tracker", "abacus"], "argument --tracker: invalid choice: 'abacus'"),
+    (["train", "words.txt"], "words.txt is text and no recipe; try --depth 4 --data.train words.txt"),
+    (["tokenize", "a.jsonl", "s", "--tokenizer", "t"], "no tokenizer can be read from t: tokenizer_config.json"),
+    (["tokenizer", "train", "a.jsonl", "--vocab-size", "300", "--out", "t", "--quiet"], "choose one with --text-key."),
     (["resume"], "the following arguments are required: RUN"),
     (["resume", "absent"], "there is no run absent; tinygpt train begins one"),
     (["resume", "."], "holds no recipe.json, so it is no run that was made from a recipe"),
@@ -94,16 +107,31 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["tokenizer", "train", "absent", "--vocab-size", "300", "--out", "t"], "absent does not exist"),
     (["tokenizer", "train", "embedded", "--vocab-size", "9", "--out", "t"], "vocab_size=9 has no room for 256 bytes"),
     (["eval", "absent"], "'absent' is neither an existing folder"),
+    (["eval", "absent", "--tasks", "a"], "--tasks, --max-per-task and --results are about the questions of --core"),
     (["eval", "."], ". brings no validation set"),
     (["eval", "absent", "--domains", "x"], "--domains x has no name; write NAME=TEXT"),
     (["eval", "absent", "--validation", "embedded"], "'absent' is neither an existing folder"),
     (["generate", "absent", "-p", "x"], "'absent' is neither an existing folder"),
+    (["generate", "empty", "-p", "x"], "empty is an empty folder; give a run (its newest whole checkpoint)"),
+    (["generate", "mixed", "-p", "x"], "mixed holds no model but a.jsonl, words.txt; give a run"),
+    (["generate", "theirs", "-p", "x"], "theirs holds a checkpoint of nanochat, which tinygpt import reads; give"),
+    (["generate", "runs", "-p", "x"], "runs holds runs, and no model itself: runs/one; give a run"),
+    (["generate", "runs/one/checkpoints", "-p", "x"], "holds the checkpoints of the run runs/one; give a run"),
     (["generate", "absent", "--temprature", "3"], "did you mean --temperature?"),
     (["generate", "absent", "-p", "x", "--device", "abacus"], "device='abacus' cannot be used"),
     (["export", "absent", "out"], "'absent' is neither an existing folder"),
     (["import", "absent", "out"], "'absent' is neither an existing folder"),
     (["import", "absent", "out", "--step", "3"], "--step and --tokenizer are for checkpoints of nanochat"),
     (["import", "absent", "out", "--format", "nanochat"], "there is no folder absent"),
+    (
+        ["import", "empty", "out"],
+        "empty is an empty folder; give a folder of transformers (config.json, *.safetensors)",
+    ),
+    (["import", "runs/one", "out"], "runs/one is of tinygpt itself; the other commands read it as it is."),
+    (["push", "runs/one", "nonsense"], "'nonsense' is not a Hub name; give 'user/repo'"),
+    (["report", "words.txt"], "words.txt is a file; give the folder of a run."),
+    (["report", "empty"], "empty has no metrics.jsonl; give the folder of a run."),
+    (["compare", "empty"], "1 run cannot be compared; give 2 to 24."),
     (["import", "absent", "."], ". is there already; choose a new or empty folder"),
     (["info", "a", "b"], "'b' is more than this command takes"),
     (["train", "a.toml", "b.toml"], "'b.toml' is more than this command takes"),
@@ -121,12 +149,24 @@ def test_a_mistake_is_one_line_with_status_2(
 ) -> None:
     (here / "file").write_text("")
     (here / "words.txt").write_text("one document")
+    for folder in ("empty", "mixed", "theirs", "runs/one/checkpoints/step-000001"):
+        (here / folder).mkdir(parents=True)
+    for name in (
+        "notes.md",
+        "mixed/words.txt",
+        "theirs/model_000001.pt",
+        "runs/one/checkpoints/step-000001/state.json",
+    ):
+        (here / name).write_text("one document")
+    for name in ("a.jsonl", "mixed/a.jsonl"):
+        (here / name).write_text('{"body": "one document"}\n')
     try:
         status: object = main(arguments)
     except SystemExit as stop:  # from the parser
         status = stop.code
     printed = capsys.readouterr()
     assert status == 2
+    assert printed.out == ""  # a mistake is named before any plan is shown
     assert printed.err.startswith("error: ")
     assert message in printed.err
     assert printed.err.count("\n") == 1
@@ -151,6 +191,17 @@ def test_a_missing_package_names_its_extra(capsys: pytest.CaptureFixture[str], m
     monkeypatch.setitem(sys.modules, "shtab", None)
     assert main(["completion", "bash"]) == 2
     assert capsys.readouterr().err == 'error: completion scripts need shtab: pip install "tinygpt[cli]".\n'
+
+
+def test_a_missing_tracker_names_its_extra_before_the_plan(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert main(["train", "--depth", "1", "--tracker", "wandb", "--out", "run"]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.endswith('pip install "tinygpt[wandb]".\n')
+    assert list(here.iterdir()) == []
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

@@ -215,7 +215,11 @@ def test_a_wait_longer_than_the_hub_s_window_is_not_kept(plain: Path, hub: HubSe
 @pytest.mark.parametrize(
     ("status", "headers", "text"),
     [
-        (401, {}, "access denied (HTTP 401); pass token=... with the needed permission, or run `hf auth login`."),
+        (
+            401,
+            {},
+            "access denied (HTTP 401); the account needs permission: run `hf auth login` or set HF_TOKEN, or pass",
+        ),
         (403, {}, "access denied (HTTP 403)"),
         (429, {}, "after 5 tries: the Hub has had too many requests (HTTP 429); try again later."),
         (500, {}, "after 5 tries: the Hub answers with a server error (HTTP 500); try again later."),

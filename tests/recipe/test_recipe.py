@@ -1,6 +1,8 @@
 """A run built from a recipe is the run built by hand, and what a run saved repeats it."""
 
 import json
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from tinygpt.data import (
     open_source,
     tokenize_documents,
 )
-from tinygpt.errors import CheckpointError, ConfigError, DataError
+from tinygpt.errors import CheckpointError, ConfigError, DataError, MissingDependencyError
 from tinygpt.metrics import read_metrics
 from tinygpt.optim import MuonAdamW, nanochat_rules, param_groups
 from tinygpt.recipe import Recipe, RecipeRun, ScheduleRecipe, resolve_device
@@ -357,15 +359,18 @@ def test_schedules_refuse_what_they_do_not_take() -> None:
     with pytest.raises(ConfigError, match="the schedule cosine has no decay_fraction; it takes total_steps, warmup"):
         ScheduleRecipe(kind="cosine", decay_fraction=0.5)
     assert repr(ScheduleRecipe(kind="cosine").build(9)) == repr(cosine(9))
-    with pytest.raises(ConfigError, match="warmup_steps=12 does not fit"):
+    with pytest.raises(ConfigError, match="warmup_steps=12 does not fit a run of 9 steps; choose 0 to 8"):
         ScheduleRecipe(kind="cosine", warmup_steps=12).build(9)
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"num_steps": None}, "a run needs num_steps, or phases that have steps"),
     ({"phases": [{"steps": 2}]}, "the phases have 2 = 2 steps and num_steps=6"),
-    ({"schedules": {"lr": {"warmup_steps": 9}}}, r"schedules\.lr: warmup_steps=9 does not fit; choose 0 to 6"),
-    ({"phases": [{"steps": 6, "lr": {"kind": "cosine", "warmup_steps": 7}}]}, r"phases\.0\.lr: warmup_steps=7"),
+    (
+        {"schedules": {"lr": {"warmup_steps": 9}}},
+        r"schedules\.lr\.warmup_steps=9 does not fit a run of 6 steps; choose 0 to 6",
+    ),
+    ({"phases": [{"steps": 6, "lr": {"kind": "cosine", "warmup_steps": 7}}]}, r"phases\.0\.lr\.warmup_steps=7"),
     ({"schedules": {"lr": {"kind": "linear"}}}, "kind='linear'"),
     ({"model": {"depth": 2, "dim": 64}}, "depth decides dim as well; give either"),
     ({"model": {"head_dim": 64}}, "head_dim and width_per_layer say what a depth makes of a model; give depth as well"),
@@ -405,3 +410,39 @@ def test_a_file_in_the_place_of_the_run_is_named(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("", "utf-8")
     with pytest.raises(CheckpointError, match="run is a file; a run needs a folder of its own"):
         claim_run_folder(tmp_path / "run", {"seed": 0})
+
+
+def test_what_is_not_there_is_named_before_any_work(
+    tmp_path: Path, books: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards = tmp_path / "shards"
+    tokenize_documents(TextDocuments(PARAGRAPHS), ByteTokenizer(), shards, processes=1)
+    refused: list[tuple[dict[str, Any], type[Exception], str]] = [
+        ({"data": {"rows": 2, "train": "absent"}}, DataError, "absent does not exist"),
+        ({"data": {"rows": 2, "validation": "absent"}}, DataError, "absent does not exist"),
+        ({"data": {"rows": 2, "train": str(books)}}, DataError, "no document falls to validation"),
+        ({"data": {"rows": 2, "mixture": {str(shards): 1.0}}}, ConfigError, "data.mixture mixes text"),
+        ({"num_steps": None, "phases": [{"steps": 6, "train": "absent"}]}, DataError, "absent does not exist"),
+    ]
+    for fields, kind, message in refused:
+        with pytest.raises(kind, match=message):
+            tiny(**fields).check(tmp_path / "run")
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(MissingDependencyError, match=r'pip install "tinygpt\[wandb\]"'):
+        tiny(trackers=["wandb"]).check(tmp_path / "run")
+    tiny(data={"rows": 2, "train": str(shards)}).check(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    saved = {"rows": 2, "validation": str(books), "validation_tokens": 500}
+    fit(tiny(data=saved).build(tmp_path / "run"))
+    books.unlink()
+    tiny(data=saved).check(tmp_path / "run")  # it is in the run's folder
+
+
+def test_a_run_branches_from_a_checkpoint_of_another_one_bit_for_bit(tmp_path: Path) -> None:
+    whole = fit(tiny(save_every=2, keep_last=None).build(tmp_path / "whole"))
+    start = whole.out_dir / "checkpoints" / "step-000002"
+    branch = tiny().build(tmp_path / "branch")
+    branch.fit(branch_from=start, progress=False)
+    assert last_state(whole.out_dir) == last_state(branch.out_dir)
+    shutil.rmtree(whole.out_dir)
+    assert tiny().build(branch.out_dir).fit(branch_from=start, progress=False) is None

@@ -94,7 +94,7 @@ def test_names_of_runs_stay_text(tmp_path: Path) -> None:
 def test_what_cannot_be_compared_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = documented_run(tmp_path / "a")
     for runs in ([run], [run] * 25):
-        with pytest.raises(ConfigError, match=r"runs cannot be compared; give 2 to 24\."):
+        with pytest.raises(ConfigError, match=r"runs? cannot be compared; give 2 to 24\."):
             compare_runs(runs, tmp_path / "out")
     with pytest.raises(ConfigError, match="runs='a' is one run; give a list of two or more"):
         compare_runs("a", tmp_path / "out")

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -102,6 +103,20 @@ def test_ctrl_c_ends_texts_that_would_take_longer_and_tells_their_readers(
     warning, *_, last = capsys.readouterr().err.splitlines()
     assert warning.startswith("warning: everyone who reaches 0.0.0.0 can use this server")
     assert last == "stopped"
+
+
+@pytest.mark.parametrize("pause", [0.0, 0.2])
+def test_a_second_ctrl_c_stops_at_once_with_one_line(pause: float, folder: Path) -> None:
+    with process(str(folder), "--port", "0", "--grace", "60", "--completion") as started:
+        _, url = lines_until_address(started)
+        running = begin_stream(url, max_tokens=120, temperature=3, seed=0, n=8)
+        started.send_signal(signal.SIGINT)
+        time.sleep(pause)
+        started.send_signal(signal.SIGINT)
+        rest_of(running)
+        assert started.wait(20) in (0, -signal.SIGINT)  # the second may come when all is done
+        assert started.stderr is not None
+        assert started.stderr.read().strip() == "stopped"
 
 
 def rest_of(connection: socket.socket) -> bytes:

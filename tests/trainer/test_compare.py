@@ -20,6 +20,7 @@ from tinygpt.losses import LossSum, next_token_loss
 from tinygpt.optim import MuonAdamW
 from tinygpt.schedules import constant, cosine, cosine_weight_decay, linear_warmup, muon_momentum, warmup_stable_decay
 from tinygpt.tokenizer import ByteTokenizer
+from tinygpt.trainer import ResumeRefusedError
 
 
 def validation(text: str = "some text to measure on") -> ValidationSet:
@@ -290,9 +291,13 @@ def decayed(tmp_path: Path) -> Path:
 
 
 def test_the_jump_of_the_documented_run_is_refused_with_every_number_and_every_way_on(decayed: Path) -> None:
-    with pytest.raises(CheckpointError) as error:
+    with pytest.raises(ResumeRefusedError) as error:
         documented(87_000, decayed).resume()
     text = str(error.value)
+    assert error.value.folder == decayed / "checkpoints" / "step-010000"
+    assert {change.topic for change in error.value.changes} == {"schedule"}
+    assert set(error.value.rates) <= set(error.value.changes)
+    assert error.value.branch_from == decayed / "checkpoints" / "step-003000"
 
     def row(name: str) -> str:
         return next(" ".join(line.split()) for line in text.splitlines() if line.startswith(name))

@@ -318,7 +318,7 @@ REFUSED: list[tuple[Callable[[], Any], str]] = [
     ),
     (
         lambda: make_trainer(arguments={"phases": [Phase(1), Phase(1, batch_tokens=40)]}),
-        "phase 2: batch_tokens=40 is not a multiple of the loader's batch of 2 x 16 = 32",
+        "phase 2: batch_tokens=40 is not a multiple of the loader's batch of 2 x 16 = 32 tokens; choose 32 or 64.",
     ),
     (lambda: make_trainer(arguments={"phases": [Phase(1, {"rate": constant()})]}), "'rate' fits no optimizer group"),
     (

@@ -1,11 +1,13 @@
 """Stopping and going on: bit for bit, in new processes, at any moment, and never with an unseen change."""
 
+import contextlib
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +24,7 @@ from tinygpt.metrics import read_metrics
 from tinygpt.optim import MuonAdamW
 from tinygpt.schedules import warmup_stable_decay
 from tinygpt.tokenizer import ByteTokenizer, load_tokenizer
-from tinygpt.trainer import format_changes
+from tinygpt.trainer import Interrupted, format_changes, stopped_runs_go_on_by
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "reproduce_rtx4070_d12.py"
 TEXTS = [f"document {number} " * (number % 7 + 1) for number in range(40)]
@@ -324,7 +326,7 @@ def test_the_example_killed_and_run_again_ends_bit_identical(tmp_path: Path, who
     else:
         assert process.returncode == 128 + number, output
         assert "the state is saved in" in output
-        assert "to go on, run the same program" in output
+        assert "to go on: run the same program with trainer.resume()" in output
     finish(run_example(tmp_path))
     assert losses(tmp_path) == losses(whole_run)
     assert_same_checkpoint(*(out / "checkpoints" / "step-000012" for out in (tmp_path, whole_run)))
@@ -337,7 +339,8 @@ def test_the_documented_recipe_stops_at_its_jump_until_it_is_accepted(tmp_path: 
     assert re.search(
         r"error: where phase 2 begins, at step 4, rates jump:.*x 20\n.*weight_decay .* 0 +0\.105", output, re.S
     )
-    assert not (tmp_path / "metrics.jsonl").exists()
+    assert "training a tokenizer" not in output
+    assert list(tmp_path.iterdir()) == []
     output = finish(run_example(tmp_path, "--recipe", "documented", "--accept", "schedule"))
     jumps = {r["step"]: r["changes"] for r in read_metrics(tmp_path / "metrics.jsonl") if r.get("event") == "phase"}
     assert [name.split()[0] for name, _, _ in jumps[4][:3]] == ["lr", "momentum", "weight_decay"]
@@ -355,6 +358,37 @@ def test_running_a_finished_example_again_changes_nothing(whole_run: Path) -> No
     before = (whole_run / "checkpoints" / "step-000012" / "manifest.json").read_bytes()
     assert "loaded again" in finish(run_example(whole_run))
     assert (whole_run / "checkpoints" / "step-000012" / "manifest.json").read_bytes() == before
+
+
+def test_a_signal_that_comes_while_a_step_is_saved_stops_after_the_next_one_saved_as_well(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if threading.current_thread() is not threading.main_thread():
+        pytest.skip("signals go to the main thread")
+
+    class Late(Trainer):
+        def _save_if_due(self, **when: bool) -> None:
+            super()._save_if_due(**when)
+            if self.next_step == 2:
+                signal.raise_signal(signal.SIGINT)
+
+    trainer = make_trainer(tmp_path, save_every=None)
+    trainer.__class__ = Late
+    with pytest.raises(Interrupted):
+        trainer.fit(progress=False)
+    saved = checkpoint_folder(tmp_path / "checkpoints", 3)
+    assert latest_checkpoint(tmp_path / "checkpoints") == saved
+    assert f"stopped after step 2: the state is saved in {saved}; to go on: " in capsys.readouterr().err
+
+
+def test_the_line_of_a_stop_can_name_another_way_to_go_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if threading.current_thread() is not threading.main_thread():
+        pytest.skip("signals go to the main thread")
+    for folder, words in (("a", "press the green button"), ("b", None)):
+        with pytest.raises(Interrupted), stopped_runs_go_on_by(words) if words else contextlib.nullcontext():
+            make_trainer(tmp_path / folder).fit(lambda *_: signal.raise_signal(signal.SIGINT), progress=False)
+        way = words or "run the same program with trainer.resume()"
+        assert capsys.readouterr().err.endswith(f"; to go on: {way}.\n")
 
 
 def test_a_mistake_on_the_command_line_is_one_sentence(tmp_path: Path) -> None:

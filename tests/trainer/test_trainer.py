@@ -167,7 +167,7 @@ def test_a_step_without_any_target_is_refused() -> None:
 
 
 def test_batches_that_do_not_make_up_the_step_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"batch_tokens=100 is not a multiple of the loader's batch of 8 x 16 = 128"):
+    with pytest.raises(ConfigError, match=r"batch of 8 x 16 = 128 tokens; choose 128 or a multiple of it"):
         list(make_trainer(batches(8), batch_tokens=100))
 
 

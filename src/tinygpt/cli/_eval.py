@@ -46,6 +46,8 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
 def _run(options: argparse.Namespace) -> None:
     from tinygpt.errors import ConfigError
 
+    if not options.core and any(value is not None for value in (options.tasks, options.max_per_task, options.results)):
+        raise ConfigError("--tasks, --max-per-task and --results are about the questions of --core BUNDLE.")
     wanted = options.validation
     own = Path(options.source) / "validation.safetensors"
     if wanted is None and own.exists():

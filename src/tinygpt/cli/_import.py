@@ -5,6 +5,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tinygpt.cli._source import repository_folder, what_is_in
+
 if TYPE_CHECKING:
     from tinygpt.model import GPT
     from tinygpt.tokenizer import Tokenizer
@@ -69,7 +71,18 @@ def _nanochat(options: argparse.Namespace) -> "tuple[GPT, Tokenizer | None, list
 
 
 def _transformers(options: argparse.Namespace) -> "tuple[GPT, Tokenizer | None, list[str]]":
+    from tinygpt.errors import CheckpointError, ConfigError
     from tinygpt.interop.huggingface import from_transformers
 
-    model, tokenizer, problem = from_transformers(options.source)
+    folder = Path(options.source)
+    if (folder / "checkpoints").is_dir() or (folder / "state.json").exists():
+        raise ConfigError(f"{folder} is of tinygpt itself; the other commands read it as it is.")
+    if not folder.is_dir():
+        folder = repository_folder(options.source)
+    elif not (folder / "config.json").exists():
+        raise CheckpointError(
+            f"{what_is_in(folder)}; give a folder of transformers (config.json, *.safetensors) or of nanochat "
+            "(model_NNNNNN.pt, meta_NNNNNN.json)."
+        )
+    model, tokenizer, problem = from_transformers(folder)
     return model, tokenizer, [] if problem is None else [str(problem)]

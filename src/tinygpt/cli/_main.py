@@ -28,6 +28,7 @@ from tinygpt.cli import (
     _train,
 )
 from tinygpt.cli._parser import Parser, suggestion
+from tinygpt.cli._words import as_typed
 from tinygpt.errors import TinyGPTError
 
 # In the order of --help. Each module imports argparse at most; a command imports what it needs when it runs.
@@ -50,9 +51,6 @@ _COMMANDS = (
     _completion,
 )
 
-# What messages of the library name as an argument and a command has as an option.
-_TYPED = {"overwrite=True": "--overwrite", "overflow='slide'": "--overflow slide"}
-
 _INTERRUPTED = 130
 _BROKEN_PIPE = 141  # as shells report SIGPIPE
 
@@ -71,25 +69,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         SystemExit: From the parser, and from training that was interrupted, with such a status as well.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
+    options = None
     try:
         parser, commands = build_parser()
         command = next((argument for argument in arguments if not argument.startswith("-")), None)
         if command is not None and command not in commands:
             parser.error(f"there is no command {command!r}{suggestion(command, commands)}")
         options = parser.parse_args(arguments)
-        with _messages():
+        with _messages(options):
             options.run(options)
             sys.stdout.flush()
     except (TinyGPTError, OSError) as error:
         if isinstance(error, BrokenPipeError):
             return _leave_pipe()
-        message = str(error)
-        for argument, option in _TYPED.items():
-            message = message.replace(argument, option)
-        print(f"error: {message}", file=sys.stderr)
+        print(f"error: {as_typed(str(error), options)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stopped; run the same command again to go on", file=sys.stderr)
+        again = "; run the same command again to go on" if hasattr(options, "goes_on") else ""
+        print(f"stopped{again}", file=sys.stderr)
         return _INTERRUPTED
     return 0
 
@@ -112,13 +109,13 @@ def build_parser() -> tuple[Parser, list[str]]:
 
 
 @contextlib.contextmanager
-def _messages() -> Iterator[None]:
+def _messages(options: argparse.Namespace) -> Iterator[None]:
     """Show what the library logs and warns of as plain lines on standard error."""
-    logger, handler = logging.getLogger("tinygpt"), _MessageHandler()
+    logger, handler = logging.getLogger("tinygpt"), _MessageHandler(options)
     before, plain = logger.level, warnings.formatwarning
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
-    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {as_typed(str(message), options)}\n"
     try:
         yield
     finally:
@@ -130,9 +127,13 @@ def _messages() -> Iterator[None]:
 class _MessageHandler(logging.Handler):
     """Writes to the standard error of the moment, over a progress bar that stands there."""
 
+    def __init__(self, options: argparse.Namespace) -> None:
+        super().__init__()
+        self._options = options
+
     def emit(self, record: logging.LogRecord) -> None:
         over = "\r\x1b[K" if sys.stderr.isatty() else ""
-        sys.stderr.write(f"{over}{record.getMessage()}\n")
+        sys.stderr.write(f"{over}{as_typed(record.getMessage(), self._options)}\n")
         sys.stderr.flush()
 
 

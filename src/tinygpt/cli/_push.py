@@ -51,10 +51,16 @@ def _run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
 
 
 def _push(options: argparse.Namespace, step: Any) -> None:
+    from tinygpt.checkpoint import verify
     from tinygpt.errors import HubError
+    from tinygpt.hub import check_repo_id
+    from tinygpt.manifest import MANIFEST_FILE
     from tinygpt.publish import choose_checkpoint, files_to_push, pending_pushes, push_model
 
+    check_repo_id(options.repo)
     model = choose_checkpoint(options.source, step)
+    if (model / MANIFEST_FILE).exists():
+        verify(model)
     files = {path.name: path.stat().st_size for path in files_to_push(model)}
     if not options.dry_run:
         same = [p for p in pending_pushes(options.source) if (p.repo_id, p.branch) == (options.repo, options.branch)]

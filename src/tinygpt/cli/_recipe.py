@@ -1,12 +1,14 @@
 """What `train`, `plan` and `resume` have in common: a recipe from a file or a depth, with values laid over it."""
 
 import argparse
-import sys
+import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinygpt.cli._parser import suggestion, unescaped
+from tinygpt.cli._words import ways_on
 
 if TYPE_CHECKING:
     from tinygpt.recipe import Recipe
@@ -48,6 +50,8 @@ def recipe_of(options: argparse.Namespace) -> "Recipe":
         hints = [suggestion(f"--{name}", ["--depth", "--out"]) for name in options.overrides]
         raise ConfigError(f"give either a recipe file or --depth N, such as --depth 4{''.join(hints)}")
     if options.recipe is not None:
+        if options.recipe.endswith((".txt", ".jsonl", ".parquet")):
+            raise ConfigError(f"{options.recipe} is text and no recipe; try --depth 4 --data.train {options.recipe}")
         return Recipe.load(options.recipe, overrides=overrides_of(options))
     asked = {name.replace("-", "_"): value for name, value in options.overrides.items()}
     device = asked.get("device", "auto")
@@ -61,7 +65,9 @@ def recipe_of(options: argparse.Namespace) -> "Recipe":
 
 def overrides_of(options: argparse.Namespace) -> dict[str, str]:
     """Return the values to lay over a recipe; shells have no newline, so a separator may be typed as an escape."""
-    return {name: unescaped(value) if name == "data.separator" else value for name, value in options.overrides.items()}
+    given = {name: unescaped(value) if name == "data.separator" else value for name, value in options.overrides.items()}
+    trackers = getattr(options, "tracker", None)
+    return given if trackers is None else {**given, "trackers": json.dumps(trackers)}
 
 
 def add_resume_options(parser: argparse.ArgumentParser) -> None:
@@ -76,37 +82,38 @@ def add_resume_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rewarm-steps", type=int, metavar="N", help="instead of a jump: take N steps from the old rates to the new"
     )
+    parser.add_argument(
+        "--tracker",
+        action="append",
+        choices=["mlflow", "tensorboard", "trackio", "wandb"],
+        help="send the run's numbers there as well, under the name of its folder; may be repeated",
+    )
     parser.add_argument("--quiet", action="store_true", help="show no progress bar")
 
 
 def train(recipe: "Recipe", out: Path, options: argparse.Namespace) -> None:
-    """Print the plan and train, from the newest checkpoint on if there is one."""
-    from tinygpt.checkpoint import latest_checkpoint
-    from tinygpt.errors import CheckpointError, DataError
-    from tinygpt.trainer import Interrupted
+    """Check what is read, print the plan, and train, from the newest checkpoint on if there is one."""
+    from tinygpt.checkpoint import checkpoint_step, latest_checkpoint, list_checkpoints, verify
+    from tinygpt.errors import CheckpointError
+    from tinygpt.trainer import ResumeRefusedError, stopped_runs_go_on_by
 
+    branch_from = getattr(options, "branch_from", None)
+    if branch_from is not None and not list_checkpoints(out / "checkpoints"):
+        verify(branch_from)  # before the folder of the branch is made
+    recipe.check(out)
     print(recipe.plan(), flush=True)
+    run = recipe.build(out)
     try:
-        run = recipe.build(out)
-        last = run.fit(accept=options.accept, rewarm_steps=options.rewarm_steps, progress=not options.quiet)
-    except Interrupted:
-        print(f"to go on: tinygpt resume {out}", file=sys.stderr)
-        raise
-    except CheckpointError as error:
-        if "Ways to go on:" not in str(error):
-            raise
-        lines = [str(error)]
-        if "accept=[" in lines[0]:
-            lines.append("On the command line: --accept TOPIC for each topic, or --rewarm-steps N.")
-        if hasattr(options, "out"):
-            lines.append("To begin another run instead: another folder for --out.")
-        raise CheckpointError("\n".join(lines)) from None
-    except DataError as error:
-        if "no document falls to" in str(error):  # the first thing that one's own text file runs into
-            raise DataError(
-                rf"{error} Give --data.separator '\n\n' if blank lines part your documents, or --data.validation TEXT."
-            ) from None
-        raise
+        with stopped_runs_go_on_by(shlex.join(["tinygpt", "resume", str(out)])):
+            last = run.fit(
+                accept=options.accept,
+                rewarm_steps=options.rewarm_steps,
+                branch_from=branch_from,
+                progress=not options.quiet,
+            )
+    except ResumeRefusedError as error:
+        left = recipe.total_steps - checkpoint_step(error.folder)
+        raise CheckpointError(ways_on(error, out, options, steps_left=left)) from None
     if last is None:
         print(f"{out}: all {recipe.total_steps:,} steps are done")
     else:

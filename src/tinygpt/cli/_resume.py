@@ -19,7 +19,7 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     )
     parser.add_argument("run_folder", metavar="RUN", help="folder of the run")
     add_resume_options(parser)
-    parser.set_defaults(run=out_of_memory(_run))
+    parser.set_defaults(run=out_of_memory(_run), goes_on=True)
 
 
 def _run(options: argparse.Namespace) -> None:

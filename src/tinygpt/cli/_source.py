@@ -27,22 +27,59 @@ def model_folder(source: str, *, revision: str | None = None) -> Path:
     """Return the folder of the model that is meant, downloaded if it is a repository.
 
     Raises:
-        CheckpointError: If a run has no whole checkpoint.
+        CheckpointError: If a run has no whole checkpoint, or a folder holds no model.
         HubError: If it is neither a folder nor a repository that can be read.
     """
-    from tinygpt import hub
-    from tinygpt.checkpoint import latest_checkpoint
+    from tinygpt.checkpoint import latest_checkpoint, list_checkpoints
     from tinygpt.errors import CheckpointError
 
     folder = Path(source).expanduser()
     if not (folder / "checkpoints").is_dir():
         if (folder / "recipe.json").exists():
             raise CheckpointError(f"the run {folder} has no checkpoint yet; tinygpt resume {folder} trains it.")
-        return hub.resolve(source, revision=revision)
+        if not folder.is_dir():
+            return repository_folder(source, revision=revision)
+        if not (folder / "config.json").exists():
+            raise CheckpointError(f"{what_is_in(folder)}; give {SOURCE_HELP}.")
+        return folder
     newest = latest_checkpoint(folder / "checkpoints")
+    if newest is None and list_checkpoints(folder / "checkpoints"):
+        raise CheckpointError(
+            f"every checkpoint of the run {folder} is damaged; tinygpt train {folder} --out NEW repeats it."
+        )
     if newest is None:
-        raise CheckpointError(f"the run {folder} has no whole checkpoint; tinygpt resume {folder} trains it.")
+        raise CheckpointError(f"the run {folder} has no checkpoint yet; tinygpt resume {folder} trains it.")
     return newest
+
+
+def repository_folder(name: str, *, revision: str | None = None) -> Path:
+    """Return the folder that a repository's model is downloaded to.
+
+    Its smallest file is asked for first and once, so that a misspelt path is answered at once; the rest is worth
+    several tries.
+
+    Raises:
+        HubError: If it is no repository that can be read.
+    """
+    from tinygpt import hub
+
+    hub.resolve(name, revision=revision, allow_patterns=["config.json"], retries=0)
+    return hub.resolve(name, revision=revision)
+
+
+def what_is_in(folder: Path) -> str:
+    """Return what a folder without a model holds, as the beginning of an error."""
+    names = sorted(path.name + "/" * path.is_dir() for path in folder.iterdir() if not path.name.startswith("."))
+    if any(folder.glob("step-*/state.json")):
+        return f"{folder} holds the checkpoints of the run {folder.parent}"
+    if any(folder.glob("model_*.pt")):
+        return f"{folder} holds a checkpoint of nanochat, which tinygpt import reads"
+    runs = [path.parent.as_posix() for path in sorted(folder.glob("*/checkpoints"))]
+    if runs:
+        return f"{folder} holds runs, and no model itself: {', '.join(runs[:5])}"
+    if not names:
+        return f"{folder} is an empty folder"
+    return f"{folder} holds no model but {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
 
 
 def load_source(options: argparse.Namespace) -> "tuple[GPT, Tokenizer, Path]":
@@ -63,7 +100,7 @@ def load_source(options: argparse.Namespace) -> "tuple[GPT, Tokenizer, Path]":
     model = GPT.from_pretrained(folder, device=device, **_parts(folder))
     if not (folder / "tokenizer_config.json").exists():
         raise DataError(
-            f"{folder} has no tokenizer beside the model; save one there with tokenizer.save({str(folder)!r})."
+            f"{folder} has no tokenizer beside the model; copy tokenizer_config.json and what belongs to it there."
         )
     return model, load_tokenizer(folder), folder
 

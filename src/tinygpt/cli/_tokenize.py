@@ -37,7 +37,7 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     parser.add_argument("--processes", type=int, metavar="N", help="processes that tokenize (default: one a core)")
     parser.add_argument("--shard-tokens", type=int, metavar="N", help="tokens in a shard (default: 33,554,432)")
     parser.add_argument("--quiet", action="store_true", help="show no progress")
-    parser.set_defaults(run=_run)
+    parser.set_defaults(run=_run, goes_on=True)
 
 
 def _run(options: argparse.Namespace) -> None:

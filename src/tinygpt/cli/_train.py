@@ -19,8 +19,14 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     )
     add_recipe_options(parser)
     parser.add_argument("--out", metavar="RUN", help="folder of the run (default: runs/ and the recipe's name)")
+    parser.add_argument(
+        "--from",
+        dest="branch_from",
+        metavar="CHECKPOINT",
+        help="branch: begin with the whole state of this checkpoint of another run, compared as by resume",
+    )
     add_resume_options(parser)
-    parser.set_defaults(run=out_of_memory(_run))
+    parser.set_defaults(run=out_of_memory(_run), goes_on=True)
 
 
 def _run(options: argparse.Namespace) -> None:

@@ -1,5 +1,6 @@
 """Trying again after what may pass, and saying what happened in one sentence."""
 
+import logging
 import random
 import re
 import time
@@ -10,9 +11,12 @@ from tinygpt.errors import ConfigError, HubError
 
 _Result = TypeVar("_Result")
 
+_logger = logging.getLogger("tinygpt")
+
 _FIRST_WAIT_SECONDS = 1.0
 _LONGEST_WAIT_SECONDS = 30.0
 _LONGEST_ASKED_SECONDS = 300.0  # the Hub counts requests in windows of five minutes
+_LOG_IN = "run `hf auth login` or set HF_TOKEN, or pass token=...."
 # Of its own: the state of Python's generator belongs to the training run and is saved with it.
 _jitter = random.Random()
 
@@ -44,15 +48,16 @@ def with_retries(action: Callable[[], _Result], task: str, retries: int) -> _Res
             if isinstance(error, HubError):
                 raise
             passing = _may_pass(error)
-            asked = _asked_wait(error)
+            asked, reason = _asked_wait(error), _without_tokens(_reason(error))
             if attempt == retries or not passing or asked > _LONGEST_ASKED_SECONDS:
                 tries = f" after {attempt + 1} tries" if attempt else ""
                 kind = PassingHubError if passing else HubError
                 # Errors of requests and answers can quote the token; any other is worth its traceback.
                 cause = None if passing or http_status(error) else error
-                raise kind(f"{task}{tries}: {_without_tokens(_reason(error))}") from cause
+                raise kind(f"{task}{tries}: {reason}") from cause
         # A quarter more or less, so that many who lost the Hub at once do not all come back at once.
         wait = min(_FIRST_WAIT_SECONDS * 2**attempt, _LONGEST_WAIT_SECONDS) * _jitter.uniform(0.75, 1.25)
+        _logger.info("%s: %s Trying again in %.0f s.", task, reason, max(wait, asked))
         time.sleep(max(wait, asked))
     raise AssertionError("unreachable: the last attempt returns or raises")
 
@@ -133,14 +138,14 @@ def _reason(error: BaseException) -> str:
 
     status = http_status(error)
     if caused_by(GatedRepoError):
-        return "access is gated; accept the terms on the repository's page and pass a token of that account."
+        return f"access is gated; accept the terms on the repository's page, then {_LOG_IN}"
     if caused_by(RevisionNotFoundError):
         return "the repository has no such revision; check the branch, tag or commit."
     if caused_by(RepositoryNotFoundError):
         # The Hub answers 401 for a missing repository to those without access, so that private names do not leak.
-        return f"no such repository (HTTP {status}); check the name, or pass a token if it is private."
+        return f"no such repository (HTTP {status}); check the name, and if it is private {_LOG_IN}"
     if status in (401, 403):
-        return f"access denied (HTTP {status}); pass token=... with the needed permission, or run `hf auth login`."
+        return f"access denied (HTTP {status}); the account needs permission: {_LOG_IN}"
     if status == 404:
         return "the Hub does not have it (HTTP 404); check the name and the revision."
     if status == 429:

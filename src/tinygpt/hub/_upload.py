@@ -82,7 +82,7 @@ def upload_folder(
     if token is None and get_token() is None:
         raise HubError(
             f"{task}: there is no access token. Make one with write permission on the Hub's settings page, then "
-            "set HF_TOKEN, run `hf auth login`, or pass token=...."
+            "run `hf auth login` or set HF_TOKEN, or pass token=...."
         )
     api = HfApi(token=token)
     with_retries(lambda: api.create_repo(repo_id, private=private, exist_ok=True), task, retries)

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,19 +10,21 @@ from typing import TYPE_CHECKING
 import torch
 
 from tinygpt.checkpoint import claim_run_folder
-from tinygpt.data import DocumentSource, ValidationSet
+from tinygpt.data import DocumentSource, TokenShards, ValidationSet
 from tinygpt.errors import ConfigError, MissingDependencyError, TinyGPTError
 from tinygpt.evals import evaluate_bpb
 from tinygpt.generate import stream_text
 from tinygpt.metrics import StepMetrics
 from tinygpt.model import GPT
 from tinygpt.optim import MuonAdamW, Rule, nanochat_rules, param_groups
-from tinygpt.recipe._data import Source, make_loader, make_tokenizer, make_validation, open_training
+from tinygpt.recipe._data import Source, make_loader, make_tokenizer, make_validation, open_training, open_validation
 from tinygpt.recipe._files import RECIPE_FILE, absolute
 from tinygpt.recipe._sections import PhaseRecipe, SamplesRecipe
+from tinygpt.recipe._tracking import tracker_hooks
 from tinygpt.scaling import lr_factor
 from tinygpt.schedules import Schedule
 from tinygpt.tokenizer import Tokenizer, load_tokenizer
+from tinygpt.trackers import check_tracker
 from tinygpt.trainer import Hook, Phase, Trainer, TrainerConfig, every, resolve_precision
 
 if TYPE_CHECKING:
@@ -55,6 +58,7 @@ class RecipeRun:
         *,
         accept: Collection[str] | str = (),
         rewarm_steps: int | None = None,
+        branch_from: str | Path | None = None,
         progress: bool = True,
     ) -> StepMetrics | None:
         """Go on from the newest checkpoint in the run's folder, or begin, and train to the end.
@@ -62,27 +66,38 @@ class RecipeRun:
         Args:
             accept: As for `Trainer.load_state`.
             rewarm_steps: As for `Trainer.load_state`.
+            branch_from: Begin with the state of this checkpoint, of another run; without effect once the run's folder
+                has a checkpoint of its own.
             progress: Whether to show a progress bar on standard error.
 
         Returns:
             The last step, or `None` if there was none left to do.
 
         Raises:
-            CheckpointError: As from `Trainer.resume`; the recipe that was saved with the run is then left as it is.
-            ConfigError: As from the trainer, or if the recipe cannot be written.
+            CheckpointError: As from `Trainer.resume` and `load_state`; the recipe that was saved with the run is then
+                left as it is.
+            ConfigError: As from the trainer, if the recipe cannot be written, or if a tracker has another run of the
+                folder's name.
         """
-        self.trainer.resume(accept=accept, rewarm_steps=rewarm_steps)
+        began_earlier = (self.out_dir / "metrics.jsonl").exists()
+        if self.trainer.resume(accept=accept, rewarm_steps=rewarm_steps) is None and branch_from is not None:
+            self.trainer.load_state(branch_from, accept=accept, rewarm_steps=rewarm_steps)
         try:
             if not (self.out_dir / RECIPE_FILE).exists():
                 self.recipe.save(self.out_dir)
             # A recipe that was changed replaces the saved one once the run has gone on with it.
-            last = self.trainer.fit([self._save_recipe_once(), *self.hooks], progress=progress)
+            with self._trackers(resume=began_earlier) as trackers:
+                last = self.trainer.fit([self._save_recipe_once(), *self.hooks, *trackers], progress=progress)
         finally:
             for close in self.on_close:
                 close()
         if self.recipe.report:
             self._write_report()
         return last
+
+    def _trackers(self, *, resume: bool) -> AbstractContextManager[list[Hook]]:
+        done = self.trainer.next_step >= self.recipe.total_steps
+        return nullcontext([]) if done else tracker_hooks(self.recipe, self.out_dir, resume=resume)
 
     def _save_recipe_once(self) -> Hook:
         first = self.trainer.next_step
@@ -139,6 +154,23 @@ def build_run(recipe: "Recipe", out_dir: Path) -> RecipeRun:
     queue = PushQueue(recipe.push.repo, folder=out_dir, private=recipe.push.private, license=recipe.push.license)
     trainer.on_save = queue
     return RecipeRun(recipe, trainer, tuple(hooks), validation, out_dir, (queue.close,))
+
+
+def check_inputs(recipe: "Recipe", out_dir: Path) -> None:
+    """Look for what a recipe needs; see `Recipe.check`."""
+    for name in recipe.trackers:
+        check_tracker(name)
+    data = recipe.data
+    source, held_out = open_training(data)
+    for phase in recipe.phases:
+        if phase.train is not None:
+            open_training(data, phase.train)
+    if (out_dir / "run.json").exists():
+        return  # what it is measured on is in its folder
+    measured = open_validation(data, held_out)
+    for documents in (source, measured):
+        if documents is not None and not isinstance(documents, TokenShards | ValidationSet):
+            next(iter(documents.read()))
 
 
 def _settle(

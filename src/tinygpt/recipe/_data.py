@@ -102,17 +102,22 @@ def make_loader(data: DataRecipe, source: Source, tokenizer: Tokenizer, seq_len:
     )
 
 
+def open_validation(data: DataRecipe, held_out: DocumentSource | None) -> DocumentSource | ValidationSet | None:
+    """Return what to measure on, as text or as rows; `None` if there is nothing."""
+    if data.validation is None:
+        return held_out
+    if data.validation.endswith(".safetensors"):
+        return ValidationSet.load(data.validation, rows=data.rows)
+    return embedded_corpus("validation") if data.validation == EMBEDDED else open_text(data.validation, data)
+
+
 def make_validation(
     data: DataRecipe, held_out: DocumentSource | None, tokenizer: Tokenizer, seq_len: int
 ) -> ValidationSet | None:
-    """Return what to measure on; `None` if there is nothing."""
-    if data.validation is not None and data.validation.endswith(".safetensors"):
-        return ValidationSet.load(data.validation, rows=data.rows)
-    if data.validation is not None:
-        embedded = data.validation == EMBEDDED
-        held_out = embedded_corpus("validation") if embedded else open_text(data.validation, data)
-    if held_out is None:
-        return None
+    """Return the rows to measure on; `None` if there are none."""
+    opened = open_validation(data, held_out)
+    if opened is None or isinstance(opened, ValidationSet):
+        return opened
     return ValidationSet.from_source(
-        held_out, tokenizer, rows=data.rows, seq_len=seq_len, max_tokens=data.validation_tokens
+        opened, tokenizer, rows=data.rows, seq_len=seq_len, max_tokens=data.validation_tokens
     )

@@ -1,6 +1,7 @@
 """A whole training run in plain values."""
 
 import math
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
@@ -22,6 +23,7 @@ from tinygpt.recipe._sections import (
     SchedulesRecipe,
     TokenizerRecipe,
     TokenizerSection,
+    TrackerName,
 )
 
 if TYPE_CHECKING:
@@ -89,6 +91,7 @@ class Recipe(Config):
         keep_every: Keep those of multiples of this step as well.
         keep_best: Keep as many with the best evaluations as well.
         samples: Text written during training.
+        trackers: Names of `tinygpt.trackers.open_tracker` to send the run's numbers to, under the name of its folder.
         push: Where to publish checkpoints; `None` for nowhere.
         report: Whether to write `report/` into the run's folder at the end.
 
@@ -130,6 +133,7 @@ class Recipe(Config):
     keep_every: Positive | None = None
     keep_best: Positive | None = None
     samples: SamplesRecipe = SamplesRecipe()
+    trackers: list[TrackerName] = Field(default_factory=list)
     push: PushRecipe | None = None
     report: bool = True
 
@@ -149,7 +153,8 @@ class Recipe(Config):
                     schedule = getattr(section, name)
                     _ = schedule and schedule.build(self.total_steps)
                 except ConfigError as error:
-                    raise ValueError(f"{place}.{name}: {error}") from None
+                    between = "." if re.match(r"\w+=", str(error)) else ": "  # a field of it, or the whole
+                    raise ValueError(f"{place}.{name}{between}{error}") from None
         return self
 
     @classmethod
@@ -317,6 +322,21 @@ class Recipe(Config):
         from tinygpt.recipe._plan import plan_run
 
         return plan_run(self, device_name=device_name, mfu=mfu)
+
+    def check(self, out_dir: str | Path) -> None:
+        """Look whether text and packages are there that a run in this folder needs, before any work is done for it.
+
+        Args:
+            out_dir: The run's folder; what a run keeps there is not looked for elsewhere.
+
+        Raises:
+            ConfigError: If a mixture has token shards.
+            DataError: If a source cannot be opened, its first document not be read, or there is none to measure on.
+            MissingDependencyError: If a tracker's package is not installed.
+        """
+        from tinygpt.recipe._build import check_inputs
+
+        check_inputs(self, Path(out_dir))
 
     def build(self, out_dir: str | Path) -> "RecipeRun":
         """Make everything that the recipe names, in the order in which one would by hand; torch's seed is set.

@@ -257,6 +257,9 @@ class SamplesRecipe(Config):
     temperature: Rate = 0.8
 
 
+TrackerName = Literal["mlflow", "tensorboard", "trackio", "wandb"]
+
+
 class PushRecipe(Config):
     """Where checkpoints are published as they are written.
 

@@ -49,7 +49,7 @@ def compare_runs(runs: Sequence[str | Path], out: str | Path = "comparison", *, 
     if isinstance(runs, str | Path):
         raise ConfigError(f"runs={str(runs)!r} is one run; give a list of two or more.")
     if not 2 <= len(runs) <= _MOST_RUNS:
-        raise ConfigError(f"{len(runs)} runs cannot be compared; give 2 to {_MOST_RUNS}.")
+        raise ConfigError(f"{len(runs)} run{'s' * (len(runs) != 1)} cannot be compared; give 2 to {_MOST_RUNS}.")
     if pictures:
         new_figure(1, 1)
     logs = [read_run(run) for run in runs]

@@ -160,9 +160,11 @@ def read_run(run: str | Path) -> RunLog:
     """Read a run's folder, or its `metrics.jsonl`.
 
     Raises:
-        DataError: If there is no such folder or it has no `metrics.jsonl`.
+        DataError: If there is no such folder, it has no `metrics.jsonl`, or another file is given.
     """
     path = Path(run)
+    if path.is_file() and path.suffix != ".jsonl":
+        raise DataError(f"{path} is a file; give the folder of a run.")
     file = path if path.is_file() else path / "metrics.jsonl"
     if not file.is_file():
         missing = f"{path} does not exist" if not path.exists() else f"{path} has no metrics.jsonl"

@@ -74,7 +74,8 @@ def serve(
 ) -> None:
     """Serve a model with OpenAI's API and a page to chat, until SIGINT or SIGTERM.
 
-    Then no connection is taken any more, running texts have `grace_seconds` to end, and the function returns.
+    Then no connection is taken any more, running texts have `grace_seconds` to end, and the function returns. A second
+    SIGINT ends them at once.
 
     Args:
         model: The model.
@@ -127,6 +128,8 @@ def serve(
             await asyncio.wait({running}, timeout=config.grace_seconds)
             await asyncio.to_thread(worker.stop)  # ends what still runs, so that each client is told
             await running
+            if server.force_exit:  # by a second signal, at which uvicorn leaves the application as if it still ran
+                await server.lifespan.shutdown()
 
         with _stopped_by_signals(server):
             asyncio.run(run())

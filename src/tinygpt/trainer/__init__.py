@@ -8,16 +8,20 @@ from tinygpt.trainer._hooks import every as every
 from tinygpt.trainer._phases import Phase as Phase
 from tinygpt.trainer._precision import resolve_precision as resolve_precision
 from tinygpt.trainer._signals import Interrupted as Interrupted
+from tinygpt.trainer._signals import stopped_runs_go_on_by as stopped_runs_go_on_by
 from tinygpt.trainer._trainer import Trainer as Trainer
+from tinygpt.trainer._ways import ResumeRefusedError as ResumeRefusedError
 
 __all__ = [
     "Change",
     "Hook",
     "Interrupted",
     "Phase",
+    "ResumeRefusedError",
     "Trainer",
     "TrainerConfig",
     "every",
     "format_changes",
     "resolve_precision",
+    "stopped_runs_go_on_by",
 ]

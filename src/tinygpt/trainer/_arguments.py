@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from tinygpt.checkpoint import take_apart
 from tinygpt.errors import CheckpointError, ConfigError
 from tinygpt.tokenizer import Tokenizer
+from tinygpt.trainer._batches import fitting
 from tinygpt.trainer._config import TrainerConfig
 from tinygpt.trainer._phases import Phase
 
@@ -69,9 +70,10 @@ def _check_phases(phases: Any, loader: Any, config: TrainerConfig) -> None:
         rows, seq_len = (getattr(reads, name, None) for name in ("rows", "seq_len"))
         wanted = phase.batch_tokens or config.batch_tokens
         if wanted and rows and seq_len and wanted % (rows * seq_len):
+            where = f"phase {number}: " if len(phases) > 1 else ""
             raise ConfigError(
-                f"phase {number}: batch_tokens={wanted} is not a multiple of the loader's batch of {rows} x {seq_len} "
-                f"= {rows * seq_len} tokens."
+                f"{where}batch_tokens={wanted} is not a multiple of the loader's batch of {rows} x {seq_len} "
+                f"= {rows * seq_len} tokens; {fitting(wanted, rows * seq_len)}."
             )
 
 

@@ -36,7 +36,8 @@ def read_micro_batches(batches: Iterator[Batch], batch_tokens: int | None, step:
             if not tokens or wanted % tokens:
                 size = " x ".join(map(str, shape))
                 raise ConfigError(
-                    f"batch_tokens={wanted} is not a multiple of the loader's batch of {size} = {tokens} tokens."
+                    f"batch_tokens={wanted} is not a multiple of the loader's batch of {size} = {tokens} tokens; "
+                    f"{fitting(wanted, tokens)}."
                 )
             left = wanted // tokens
         elif batch.targets.shape != shape:
@@ -44,6 +45,12 @@ def read_micro_batches(batches: Iterator[Batch], batch_tokens: int | None, step:
             raise DataError(f"step {step} got micro-batches of shapes {shapes}; they must be alike.")
         left -= 1
         yield batch
+
+
+def fitting(wanted: int, tokens: int) -> str:
+    """Return what to choose instead of a number that is no multiple of the tokens of a micro-batch."""
+    below = wanted - wanted % tokens if tokens else 0
+    return f"choose {below} or {below + tokens}" if below else f"choose {tokens} or a multiple of it, or fewer rows"
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

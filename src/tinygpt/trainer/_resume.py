@@ -22,7 +22,7 @@ from tinygpt.trainer._random import random_state, restore_random_state
 from tinygpt.trainer._resumption import Resumption
 from tinygpt.trainer._retention import checked_evaluation
 from tinygpt.trainer._state import WEIGHTS_FILE, plain_module
-from tinygpt.trainer._ways import ways_on
+from tinygpt.trainer._ways import refusal
 
 if TYPE_CHECKING:
     from tinygpt.trainer._trainer import Trainer
@@ -110,7 +110,7 @@ def load(
         if resumption.begins_phase:
             accept = accept | checked_accept(trainer.phases[resumption.phase].accept)
         if refused := unaccepted(changes, accept):
-            raise CheckpointError(ways_on(trainer, folder, state, refused))
+            raise refusal(trainer, folder, state, refused)
         changes += _compare_weights(plain_module(trainer.model), weights)
         restore_random_state(state["random"])
         resumption.load_loaders(accept)

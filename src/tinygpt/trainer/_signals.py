@@ -6,12 +6,30 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from tinygpt.trainer._trainer import Trainer
+
+
+_way_on: ContextVar[str] = ContextVar("way_on", default="run the same program with trainer.resume()")
+
+
+@contextmanager
+def stopped_runs_go_on_by(words: str) -> Iterator[None]:
+    """Let the line that tells of a stop name another way to go on than `trainer.resume()`, inside a `with` block.
+
+    Args:
+        words: What the user is to do, such as a command to type.
+    """
+    token = _way_on.set(words)
+    try:
+        yield
+    finally:
+        _way_on.reset(token)
 
 
 class Interrupted(SystemExit):
@@ -89,6 +107,6 @@ def report_stop(trainer: "Trainer", last_saved: Path | None) -> None:
     elif trainer.config.out_dir is None:
         text = "nothing was saved, since the TrainerConfig has no out_dir"
     else:
-        text = f"the state is saved in {last_saved}; to go on, run the same program with trainer.resume()"
+        text = f"the state is saved in {last_saved}; to go on: {_way_on.get()}"
     sys.stderr.write(f"\nstopped after step {trainer.next_step - 1}: {text}.\n")
     sys.stderr.flush()

@@ -193,12 +193,12 @@ class Trainer:
                     try:
                         yield step
                         left = False
-                    finally:  # also when the caller leaves the loop, or an evaluation in it fails
-                        self._save_if_due(stopping=request.signal_number is not None, left=left)
-                        if request.signal_number is not None:
+                    finally:  # also if the caller leaves or fails; a signal during the save is left to the next step
+                        self._save_if_due(stopping=(signal := request.signal_number) is not None, left=left)
+                        if signal is not None:
                             report_stop(self, self._last_saved)
-                    if request.signal_number is not None:
-                        raise interruption(request.signal_number)
+                    if signal is not None:
+                        raise interruption(signal)
             except BaseException as error:
                 self._saver.settle()
                 if isinstance(error, NonFiniteError) and output is not None:

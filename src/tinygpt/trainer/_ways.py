@@ -1,6 +1,6 @@
 """The error of a resume that would change a run unseen: what differs, and each way to go on."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +13,30 @@ if TYPE_CHECKING:
     from tinygpt.trainer._trainer import Trainer
 
 
-def ways_on(trainer: "Trainer", folder: Path, state: Mapping[str, Any], refused: list[Change]) -> str:
-    """Return the message that refuses these changes."""
+class ResumeRefusedError(CheckpointError):
+    """Going on would change a run unseen; nothing was loaded or changed. The message names the ways on.
+
+    Attributes:
+        folder: The checkpoint.
+        changes: What differs and was not accepted.
+        rates: Those of them that `rewarm_steps` takes over gradually.
+        branch_from: The newest checkpoint beside it from which this run's rates do not jump; `None` if there is none,
+            or no rate jumps.
+    """
+
+    def __init__(self, message: str, folder: Path, changes: Sequence[Change], branch_from: Path | None) -> None:
+        super().__init__(message)
+        self.folder, self.changes, self.rates, self.branch_from = folder, tuple(changes), _rates(changes), branch_from
+
+
+def refusal(trainer: "Trainer", folder: Path, state: Mapping[str, Any], refused: list[Change]) -> ResumeRefusedError:
+    """Return the error that refuses these changes."""
     topics = sorted({change.topic for change in refused})
+    rates_jump = bool(_rates(refused))
+    earlier = _before_the_jump(trainer, folder, int(state["next_step"])) if rates_jump else None
     ways = []
     if "schedule" in topics:
-        ways += _for_schedules(trainer, folder, state, refused)
+        ways += _for_schedules(state, rates_jump, earlier)
     if "model" in topics:
         ways.append("keep the model: build it with the config, parts and loss of the checkpoint.")
     if "data" in topics:
@@ -30,20 +48,24 @@ def ways_on(trainer: "Trainer", folder: Path, state: Mapping[str, Any], refused:
     else:
         ways.append(f"accept it knowingly: accept={topics}.")
     lines = "\n".join(f"  - {way}" for way in ways)
-    return f"this run would go on differently from {folder}:\n{format_changes(refused)}\nWays to go on:\n{lines}"
+    message = f"this run would go on differently from {folder}:\n{format_changes(refused)}\nWays to go on:\n{lines}"
+    return ResumeRefusedError(message, folder, refused, earlier)
 
 
-def _for_schedules(trainer: "Trainer", folder: Path, state: Mapping[str, Any], refused: list[Change]) -> list[str]:
+def _rates(changes: Sequence[Change]) -> tuple[Change, ...]:
+    return tuple(change for change in changes if change.name.split(" (")[0] in REWARMED)
+
+
+def _for_schedules(state: Mapping[str, Any], rates_jump: bool, earlier: Path | None) -> list[str]:
     saved = state.get("settings", {})
     texts = {key.removeprefix("schedule "): text for key, text in saved.items() if key.startswith("schedule ")}
     schedules = [f"{key}: {text}" for key, text in texts.items()]
     horizon = f"num_steps={saved.get('num_steps', 'unknown')}, schedules {{{', '.join(schedules)}}}"
     ways = [f"keep the schedule, horizon and batch of the checkpoint: {horizon}."]
-    rates = [change for change in refused if change.name.split(" (")[0] in REWARMED]
-    if not rates:
+    if not rates_jump:
         return ways
     ways.append("go over gradually: rewarm_steps=N takes the rates linearly from the old ones to the new, in N steps.")
-    if (earlier := _before_the_jump(trainer, folder, int(state["next_step"]))) is not None:
+    if earlier is not None:
         ways.append(
             "branch from before the decay, where these schedules do not jump: with another out_dir, "
             f"trainer.load_state({str(earlier)!r})."

@@ -1,0 +1,103 @@
+"""The library's errors in words that can be typed: where it names an argument, a command has an option or a file."""
+
+import argparse
+import re
+import shlex
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tinygpt.trainer import Change, ResumeRefusedError
+
+# What a message says, and what is typed instead; DATA is "data." where options are fields of a recipe.
+_TYPED = (
+    # Arguments that are options.
+    (r"overwrite=True", "--overwrite"),
+    (r"overflow='slide'", "--overflow slide"),
+    (r"tasks=\[\.\.\.\]", "--tasks"),
+    (r"chat=True", "--chat"),
+    (r"choose another out_dir", "choose another folder for --out"),
+    (r"choose another name, or resume=True to go on with it", "choose another --out, whose last part is its name"),
+    (r"Phase\(\.\.\., accept=\['schedule'\]\)", 'accept = ["schedule"] in that phase of the recipe'),
+    # Data.
+    (r"; open it with TextFiles, .*Files\.", "; give the file the ending of what it holds."),
+    (r"; open one kind with TextFiles, .*Files\.", "; put each kind into a folder of its own and give one of these."),
+    (r"overflow='carry', or cut .* for example", "--DATAoverflow carry, or part documents by --DATAseparator"),
+    (r"give separator=('[^']*')", r"give --DATAseparator \1"),
+    (r"give the separator between its documents, or raise the limit", "part it by --DATAseparator TEXT"),
+    (r"choose a text_key\.", "choose one with --DATAtext-key."),
+    (r"validation_fraction=([\d.]+)", r"--DATAheld-out \1"),
+    (
+        r"(A text file is one document unless a separator parts it\.)",
+        r"\1 Give --DATAseparator '\\n\\n' if blank lines part your documents, or --DATAvalidation TEXT.",
+    ),
+    # What a program would do next.
+    (r", or pass token=\.\.\.\.", "."),
+    (r"a tokenizer's save\(\) wrote", "tinygpt tokenizer train wrote"),
+    (r"tinygpt\.interop\.huggingface\.from_transformers reads", "tinygpt import reads"),
+    (r"load the folder with GPT\.from_pretrained", "the other commands read it as it is"),
+    (r", the out_dir of its TrainerConfig", ""),
+)
+
+
+def as_typed(message: str, options: argparse.Namespace | None) -> str:
+    """Return a message of the library with arguments of Python replaced by what the command has in their place."""
+    data = "data." if hasattr(options, "overrides") else ""
+    for said, typed in _TYPED:
+        message = re.sub(said, typed.replace("DATA", data), message)
+    return message
+
+
+def ways_on(error: "ResumeRefusedError", out: Path, options: argparse.Namespace, *, steps_left: int) -> str:
+    """Return the message of a refused resume with its ways on as commands.
+
+    Args:
+        error: The refusal.
+        out: Folder of the run.
+        options: Of `train` or `resume`.
+        steps_left: Steps of the run after that checkpoint.
+    """
+    changed = [word for name, value in options.overrides.items() for word in (f"--{name}", value)]
+    changed += [word for name in options.tracker or () for word in ("--tracker", name)]
+    if hasattr(options, "run_folder"):
+        same, recipe = ["resume", options.run_folder], [options.run_folder]
+    else:
+        length = f"--tokens-per-parameter={options.tokens_per_parameter}"
+        recipe = [options.recipe] if options.depth is None else ["--depth", str(options.depth), length]
+        same = ["train", *recipe, "--out", str(out)]
+    branching = error.folder.resolve().parent != (out / "checkpoints").resolve()
+    if branching:
+        same += ["--from", str(error.folder)]
+    topics = _topics(error.changes)
+    ways = []
+    if not branching and topics != ["data"] and (changed or same[0] == "train"):
+        ways.append(f"keep the settings of the checkpoint: {_command('resume', str(out))}")
+    if "data" in topics:
+        ways.append("keep the data: put its files back as they were, or leave the change of them out")
+    if error.rates and steps_left > 0:
+        rest = _accepting(_topics(change for change in error.changes if change not in error.rates))
+        ways.append(
+            f"go over gradually: {_command(*same, *changed, *rest, '--rewarm-steps', str(min(50, steps_left)))}"
+        )
+    if error.branch_from is not None:
+        branch = ["train", *recipe, *changed, "--from", str(error.branch_from), "--out", f"{out}-branch"]
+        ways.append(f"branch from before the decay, where no rate jumps: {_command(*branch)}")
+    if "optimizer" not in topics:
+        ways.append(f"accept it knowingly: {_command(*same, *changed, *_accepting(topics))}")
+    begin = _command("train", *recipe, *changed, "--out", f"{out}-new")
+    ways.append(f"begin another run: {begin}")
+    found = str(error).partition("Ways to go on:")[0]
+    return f"{found}Ways to go on:\n" + "\n".join(f"  - {way}" for way in ways)
+
+
+def _topics(changes: "Iterable[Change]") -> list[str]:
+    return sorted({change.topic for change in changes})
+
+
+def _accepting(topics: list[str]) -> list[str]:
+    return [word for topic in topics for word in ("--accept", topic)]
+
+
+def _command(*words: str) -> str:
+    return shlex.join(["tinygpt", *words])
