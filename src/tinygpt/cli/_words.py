@@ -25,7 +25,7 @@ _TYPED = (
     (r"; open one kind with TextFiles, .*Files\.", "; put each kind into a folder of its own and give one of these."),
     (r"overflow='carry', or cut .* for example", "--DATAoverflow carry, or part documents by --DATAseparator"),
     (r"give separator=('[^']*')", r"give --DATAseparator \1"),
-    (r"give the separator between its documents, or raise the limit", "part it by --DATAseparator TEXT"),
+    (r"give the separator between its documents, or raise( the limit)?", "part it by --DATAseparator TEXT"),
     (r"choose a text_key\.", "choose one with --DATAtext-key."),
     (r"validation_fraction=([\d.]+)", r"--DATAheld-out \1"),
     (

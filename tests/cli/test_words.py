@@ -1,0 +1,36 @@
+"""The words of the terminal follow the library's: a message that is reworded there must be so in the list as well."""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tinygpt.cli import _words
+
+SOURCE = Path(_words.__file__).parents[1]
+
+
+def texts() -> Iterator[str]:
+    """Return every string of the library outside the command line; a value in an f-string becomes a number, and once more a quoted one."""
+    for path in SOURCE.rglob("*.py"):
+        if path.parent.name == "cli":
+            continue
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield node.value
+            elif isinstance(node, ast.JoinedStr):
+                for value in ("0.1", "'0.1'"):
+                    parts = (part.value if isinstance(part, ast.Constant) else value for part in node.values)
+                    yield "".join(str(part) for part in parts)
+
+
+@pytest.fixture(scope="module")
+def library() -> str:
+    return "\n".join(texts())
+
+
+@pytest.mark.parametrize("said", [said for said, _ in _words._TYPED])
+def test_every_phrase_that_is_replaced_is_one_the_library_says(said: str, library: str) -> None:
+    assert re.search(said, library)
