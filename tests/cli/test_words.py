@@ -13,7 +13,7 @@ SOURCE = Path(_words.__file__).parents[1]
 
 
 def texts() -> Iterator[str]:
-    """Return every string of the library outside the command line; a value in an f-string becomes a number, and once more a quoted one."""
+    """Return every string of the library outside the command line, with a number or a quoted one for each value."""
     for path in SOURCE.rglob("*.py"):
         if path.parent.name == "cli":
             continue
