@@ -200,7 +200,7 @@ def test_a_compiled_layer_with_a_window_is_one_graph_that_follows_what_is_demand
 def test_what_compiles_itself_is_not_tried_by_a_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     kernel = _backends.Kernel(out_of_shared_memory, lambda *_: "", compiles=True)
     monkeypatch.setitem(_backends.KERNELS, "flex", kernel)
-    options = {"grouped": False, "full": False, "training": True, "long": False, "demanded": None}
+    options = {"grouped": False, "full": False, "long_training": True, "demanded": None}
     cpu = torch.device("cpu")
     assert _backends.choose(cpu, torch.float32, 16, traced=True, **options) == "blocks"
     assert not [key for key in _backends._verdicts if key[0] == "flex"]

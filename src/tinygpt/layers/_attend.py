@@ -8,7 +8,7 @@ from tinygpt.errors import ConfigError
 from tinygpt.layers import _backends
 from tinygpt.layers._windowed import BLOCK_QUERIES
 
-# From this context on masked windows cost so much that it should be said.
+# From this context on a window is worth a compiled kernel, and a mask in training worth a warning.
 _LONG = 512
 
 
@@ -89,8 +89,7 @@ def _backend(q: Tensor, k: Tensor, v: Tensor, window_tokens: int | None) -> str:
         q.shape[3],
         grouped=q.shape[1] != k.shape[1],
         full=window_tokens is None and q_seq == seq,
-        training=q_seq == seq and torch.is_grad_enabled() and q.requires_grad,
-        long=seq >= _LONG,
+        long_training=q_seq == seq >= _LONG and torch.is_grad_enabled() and q.requires_grad,
         traced=torch.compiler.is_compiling(),
         demanded=_backends.forced,
     )

@@ -41,8 +41,8 @@ class Kernel(NamedTuple):
         attend: Takes queries, keys and values as `causal_attention` does, a window that hides something or `None`, and
             the scale.
         why_not: Takes device, dtype and head_dim; returns why it cannot serve them, or `""` if it may.
-        compiles: Whether it compiles itself for each shape. Then it is kept for training, whose shapes stay the same,
-            and is not tried while something else is being compiled, where it would not run as it does later.
+        compiles: Whether it compiles itself for each shape. Then it is kept for training on long contexts, where shapes
+            stay the same, and is not tried while something else is being compiled: it would not run as it does later.
     """
 
     attend: _Attend
@@ -117,8 +117,8 @@ def attention_backends(
 def use_attention_backend(name: str | None) -> Iterator[None]:
     """Let attention take one backend, whatever it would have chosen.
 
-    One new token is always computed by itself, and what FlexAttention is not made for (a prompt, evaluation) goes to
-    `sdpa`. The choice is for the whole process, all threads included.
+    One new token is always computed by itself, and what FlexAttention is not used for (prompts, evaluation, contexts
+    below 512) goes to `sdpa`. The choice is for the whole process, all threads included.
 
     Args:
         name: A name from `attention_backends`; `None` for the usual choice.
@@ -147,8 +147,7 @@ def choose(
     *,
     grouped: bool,
     full: bool,
-    training: bool,
-    long: bool,
+    long_training: bool,
     traced: bool,
     demanded: str | None,
 ) -> str:
@@ -160,8 +159,8 @@ def choose(
         head_dim: Of the call.
         grouped: Whether query heads share keys.
         full: Whether every query sees all that came before it, and there are as many queries as keys.
-        training: Whether there are as many queries as keys, and gradients are wanted.
-        long: Whether a window that costs more than it saves is worth a warning.
+        long_training: Whether gradients are wanted, for as many queries as keys, and so many that a window that costs
+            more than it saves is worth a warning.
         traced: Whether a compiler is asking.
         demanded: What `use_attention_backend` says.
 
@@ -172,7 +171,7 @@ def choose(
     names = [name for name in KERNELS if not full or name in _FOR_FULL_ATTENTION] if demanded is None else [demanded]
     reasons = {}
     for name in names:
-        if name == "sdpa" or (KERNELS[name].compiles and not training):
+        if name == "sdpa" or (KERNELS[name].compiles and not long_training):
             continue
         reasons[name] = _why_not(name, device, dtype, head_dim, grouped=grouped, traced=traced)
         if not reasons[name]:
@@ -183,7 +182,7 @@ def choose(
                 f"attention backend {name!r} was asked for and cannot serve {kind} heads of {head_dim} on "
                 f"{device}: {reasons[name]}."
             )
-    if demanded is None and not full and training and long and not _warned:
+    if demanded is None and not full and long_training and not _warned:
         _warned = True
         why = "; ".join(f"{name}: {reasons[name]}" for name in ("varlen", "flex"))  # which every torch has
         warnings.warn(
