@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask
 from torch.nn.attention.flex_attention import flex_attention as torch_flex_attention
+from torch.utils.checkpoint import checkpoint
 
 from tinygpt.errors import ConfigError
 from tinygpt.layers import (
@@ -116,11 +117,23 @@ def test_a_trial_runs_once_whatever_surrounds_it(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setitem(_backends.KERNELS, "blocks", _backends.Kernel(counted, lambda *_: ""))
     before = torch.get_rng_state()
-    with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda x: pytest.fail("a hook of the caller"), lambda x: x)
+    with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16), hooks:
         attention_backends("cpu", head_dim=16)
         attention_backends("cpu", head_dim=16)
     assert calls == [True] * 3  # a window, a prompt continued, no window
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_trial_within_activation_checkpointing_is_no_part_of_it() -> None:
+    q, k, v = qkv()
+
+    def windowed(*parts: Tensor) -> Tensor:
+        return causal_attention(*parts, window_tokens=30)
+
+    y = checkpoint(windowed, q, k, v, use_reentrant=False)  # the trial is due inside
+    sides = [torch.autograd.grad(out.square().sum(), (q, k, v)) for out in (y, windowed(q, k, v))]
+    torch.testing.assert_close(*sides, rtol=0, atol=0)
 
 
 @pytest.fixture
