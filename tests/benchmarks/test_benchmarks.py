@@ -14,6 +14,7 @@ SCRIPTS = sorted(path for path in (ROOT / "benchmarks").glob("*.py") if not path
 # What each file measures beside the time; a script may write more than one file.
 FILES = {
     "ablation": {"ablation": {"bpb", "mean_bpb", "spread_bpb", "change_bpb", "parameters"}},
+    "attention": {"attention": {"extra_mib"}},
     "checkpoint": {"checkpoint": {"bytes", "share_of_torch"}},
     "corpus_size": {"corpus_size": {"peak_mib", "cost_against_smallest"}},
     "decode": {

@@ -62,6 +62,7 @@ def describe_machine() -> Facts:
 
     import tinygpt
     from tinygpt.hardware import memory_bandwidth, peak_flops
+    from tinygpt.layers import attention_backends
     from tinygpt.recipe import resolve_device
     from tinygpt.trainer import resolve_precision
 
@@ -76,12 +77,6 @@ def describe_machine() -> Facts:
         }
         for index in range(torch.cuda.device_count() if cuda else 0)
     ]
-    enabled = torch.backends.cuda
-    attention = {
-        "flash": cuda and enabled.is_flash_attention_available(),
-        "memory efficient": cuda and enabled.mem_efficient_sdp_enabled(),  # type: ignore[no-untyped-call]
-        "cudnn": cuda and enabled.cudnn_sdp_enabled(),  # type: ignore[no-untyped-call]
-    }
     return {
         "kind": "installation",
         "tinygpt": tinygpt.__version__,
@@ -91,7 +86,7 @@ def describe_machine() -> Facts:
         "device": device.type,
         "threads": torch.get_num_threads(),
         "gpus": devices,
-        "attention backends": ["torch", *(name for name, there in attention.items() if there)],
+        "attention backends": [backend.name for backend in attention_backends(device) if backend.available],
         "precision": str(resolve_precision("auto", device)).removeprefix("torch."),
         "triton": find_spec("triton") is not None,
         "extras": {extra: find_spec(module) is not None for extra, module in _EXTRAS.items()},

@@ -6,6 +6,9 @@ that is not ours. Weights start as in nanochat unless a docstring says otherwise
 
 from tinygpt.layers._attend import causal_attention as causal_attention
 from tinygpt.layers._attention import CausalSelfAttention as CausalSelfAttention
+from tinygpt.layers._backends import AttentionBackend as AttentionBackend
+from tinygpt.layers._backends import attention_backends as attention_backends
+from tinygpt.layers._backends import use_attention_backend as use_attention_backend
 from tinygpt.layers._block import Backout as Backout
 from tinygpt.layers._block import Block as Block
 from tinygpt.layers._embedding import Smear as Smear
@@ -24,6 +27,7 @@ from tinygpt.layers._rotary import RotaryEmbedding as RotaryEmbedding
 from tinygpt.layers._slot_cache import SlotCache as SlotCache
 
 __all__ = [
+    "AttentionBackend",
     "Backout",
     "Block",
     "CausalSelfAttention",
@@ -40,6 +44,8 @@ __all__ = [
     "SwiGLU",
     "TokenEmbedding",
     "ValueEmbedding",
+    "attention_backends",
     "causal_attention",
     "init_weights",
+    "use_attention_backend",
 ]

@@ -1,10 +1,15 @@
-"""Causal attention over queries, keys and values: the only place that picks an attention backend."""
+"""Causal attention over queries, keys and values."""
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from tinygpt.errors import ConfigError
+from tinygpt.layers import _backends
+from tinygpt.layers._windowed import BLOCK_QUERIES
+
+# From this context on a window is worth a compiled kernel, and a mask in training worth a warning.
+_LONG = 512
 
 
 def causal_attention(
@@ -20,6 +25,9 @@ def causal_attention(
     The queries are the last `q_seq` of the `seq` positions of the keys, so the same call serves training
     (`q_seq == seq`), a prompt continued on a cache, and one new token. Fewer key/value heads than query heads mean
     that groups of query heads share them.
+
+    What it runs on is chosen by device, dtype and window; `attention_backends` tells what there is. On a CPU, and on
+    CUDA with most backends, keys outside the window cost nothing.
 
     Args:
         q: `(batch, heads, q_seq, head_dim)`.
@@ -50,13 +58,46 @@ def causal_attention(
         if window_tokens < 0:
             raise ConfigError(f"window_tokens={window_tokens} is negative; use None for no window.")
         # Keys that no query can see cost time for nothing: the first query sits at position seq - q_seq.
-        visible = min(seq, q_seq + window_tokens)
-        k, v, seq = k[:, :, -visible:], v[:, :, -visible:], visible
+        visible = q_seq + window_tokens
+        if visible < seq:
+            k, v, seq = k[:, :, -visible:], v[:, :, -visible:], visible
         if window_tokens >= seq - 1:
             window_tokens = None
-    grouped = heads != kv_heads
     if q_seq == 1:
         return one_query_attention(q, k, v, scale=scale)
+    backend = _backend(q, k, v, window_tokens)
+    if backend == "sdpa":
+        return _sdpa(q, k, v, window_tokens, scale)
+    if torch.is_autocast_enabled(q.device.type):  # which reaches torch's own functions only
+        q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
+    return _backends.KERNELS[backend].attend(q, k, v, window_tokens, q.shape[3] ** -0.5 if scale is None else scale)
+
+
+def _backend(q: Tensor, k: Tensor, v: Tensor, window_tokens: int | None) -> str:
+    """Return the name of the backend for a call of more than one query."""
+    q_seq, seq = q.shape[2], k.shape[2]
+    # On a CPU blocks pay for windows, and for more than one of them: a single one is what is left to see anyway.
+    if _backends.forced is None and q.device.type == "cpu" and (window_tokens is None or q_seq <= BLOCK_QUERIES):
+        return "sdpa"
+    # Values of another width, and tensors without content (meta, fake) or of another kind, only torch's function knows.
+    if type(q) is not Tensor or q.is_meta or q.numel() == 0 or v.shape != k.shape:
+        return "sdpa"
+    autocast = torch.is_autocast_enabled(q.device.type)
+    return _backends.choose(
+        q.device,
+        torch.get_autocast_dtype(q.device.type) if autocast else q.dtype,
+        q.shape[3],
+        grouped=q.shape[1] != k.shape[1],
+        full=window_tokens is None and q_seq == seq,
+        long_training=q_seq == seq >= _LONG and torch.is_grad_enabled() and q.requires_grad,
+        traced=torch.compiler.is_compiling(),
+        demanded=_backends.forced,
+    )
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, window_tokens: int | None, scale: float | None) -> Tensor:
+    """Run torch's own function; where `is_causal` does not say it all, with a mask, and then all keys cost time."""
+    grouped, q_seq, seq = q.shape[1] != k.shape[1], q.shape[2], k.shape[2]
     if window_tokens is None and q_seq == seq:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
     mask = _band(q_seq, seq, window_tokens, q.device)
