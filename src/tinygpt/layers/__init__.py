@@ -16,6 +16,8 @@ from tinygpt.layers._init import init_weights as init_weights
 from tinygpt.layers._kv_cache import KVCache as KVCache
 from tinygpt.layers._kv_cache import LayerCache as LayerCache
 from tinygpt.layers._linear import Linear as Linear
+from tinygpt.layers._matmul_precision import MatmulPrecision as MatmulPrecision
+from tinygpt.layers._matmul_precision import set_matmul_precision as set_matmul_precision
 from tinygpt.layers._mlp import GeluMLP as GeluMLP
 from tinygpt.layers._mlp import ReluSquaredMLP as ReluSquaredMLP
 from tinygpt.layers._mlp import SwiGLU as SwiGLU
@@ -32,6 +34,7 @@ __all__ = [
     "LMHead",
     "LayerCache",
     "Linear",
+    "MatmulPrecision",
     "RMSNorm",
     "ReluSquaredMLP",
     "RotaryEmbedding",
@@ -42,4 +45,5 @@ __all__ = [
     "ValueEmbedding",
     "causal_attention",
     "init_weights",
+    "set_matmul_precision",
 ]
