@@ -104,9 +104,7 @@ def _fusable(param: Tensor, *others: Tensor) -> bool:
     return (
         param.device.type in _FUSED_DEVICES
         and param.is_contiguous()
-        and all(
-            other.dtype == param.dtype and other.is_contiguous() and other.shape == param.shape for other in others
-        )
+        and all(other.dtype == param.dtype and other.is_contiguous() and other.shape == param.shape for other in others)
     )
 
 
