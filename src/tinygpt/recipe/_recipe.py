@@ -82,7 +82,7 @@ class Recipe(Config):
         precision: As in `TrainerConfig`. Where it comes to bfloat16 the token tables are stored in it as well.
         device: `"auto"` for a GPU if there is one, or what torch calls a device, such as `"cuda:1"`.
         matmul_precision: As in `TrainerConfig`.
-        compile: As in `TrainerConfig`; unless it is off, the optimizer's update of the matrices is compiled on CUDA too.
+        compile: As in `TrainerConfig`; unless it is off, the Muon update is compiled on CUDA as well.
         seed: Of the first weights and of samples.
         evaluate_every: Steps between evaluations; `None` for one at the end.
         save_every: Steps between checkpoints; `None` for one at the end.
