@@ -35,8 +35,7 @@ def _problem(device: str) -> str | None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's compiler imports parts of torch that are deprecated
         try:
-            # By itself the second lines would not do: what was compiled in an earlier process is read from a cache.
-            _find_compiler(device)
+            _find_compiler(device)  # as the tiny function may come from the cache of an earlier process
             x = torch.linspace(-1, 1, 64, device=device)
             right = torch.allclose(torch.compile(_tiny, dynamic=False)(x), _tiny(x))
         except Exception as error:  # whatever goes wrong in there is a reason to do without

@@ -92,6 +92,21 @@ def test_what_eight_bits_hold_exactly_is_multiplied_exactly(precision: str) -> N
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
+def test_the_order_in_memory_does_not_matter(precision: str) -> None:
+    x, weight, grad = randn(32, 64), randn(96, 64, seed=1), randn(32, 96, seed=2)
+    usual = products(x, weight, grad, precision)
+    by_columns = [t.t().contiguous().t() for t in (x, weight, grad)]
+    for one, other in zip(usual, products(*by_columns, precision), strict=True):
+        assert torch.equal(one, other)
+    part = torch.cat((x, x), dim=1)[:, :64]
+    assert torch.equal(usual[0], products(part, weight, grad, precision)[0])
+    even = torch.ones(1, 1).expand(32, 96)  # the gradient of a sum
+    torch.testing.assert_close(
+        products(x, weight, even, precision)[1], products(x, weight, torch.ones(32, 96), precision)[1]
+    )
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("scale", [1e-25, 1e-6, 1e4, 1e25])
 def test_size_does_not_matter(precision: str, scale: float) -> None:
     x, weight, grad = randn(32, 64), randn(32, 64, seed=1), randn(32, 32, seed=2)

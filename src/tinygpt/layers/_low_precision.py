@@ -55,14 +55,14 @@ class _Fp8Linear(torch.autograd.Function):
 
 
 def _to_fp8(tensor: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return `tensor / unit` in an fp8 dtype, and the unit: the power of two that lets the largest number just fit.
+    """Return `tensor / unit` in an fp8 dtype, by rows, and the unit: the power of two that lets the largest just fit.
 
     A power of two moves no bits, so each number is rounded once, and no float32 copy is needed.
     """
     largest = tensor.abs().amax().float().clamp_min(_SMALLEST)
     factor = torch.finfo(dtype).max / largest
     factor = factor.view(torch.int32).bitwise_and(0x7F800000).view(torch.float32)  # the exponent alone
-    return (tensor * factor).to(dtype), factor.reciprocal()
+    return (tensor * factor).to(dtype).contiguous(), factor.reciprocal()
 
 
 def _fp8_product(
