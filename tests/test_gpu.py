@@ -9,9 +9,11 @@ import torch
 
 from nanochat_names import read_recording
 from tinygpt import GPT, GPTConfig, Trainer, TrainerConfig
+from tinygpt.compiler import compiler_problem
 from tinygpt.data import Batch, BatchLoader, TextDocuments
 from tinygpt.generate import Engine, GenerationConfig, generate, generate_batch
 from tinygpt.layers import causal_attention
+from tinygpt.layers._low_precision import low_precision_linear
 from tinygpt.metrics import read_metrics
 from tinygpt.optim import MuonAdamW, nanochat_rules, orthogonalize, param_groups
 from tinygpt.tokenizer import ByteTokenizer
@@ -73,6 +75,72 @@ def test_bfloat16_training_learns_one_batch_by_heart(compiled: bool) -> None:
     assert (steps[-1].peak_memory_bytes or 0) > 0
 
 
+@pytest.mark.parametrize("precision", ["fp8", "int8"])
+@pytest.mark.parametrize("compiled", [False, "block", "model"])
+@pytest.mark.filterwarnings("ignore")  # the compiler warns about itself
+def test_training_in_eight_bits_learns_what_bfloat16_does(precision: Any, compiled: Any) -> None:
+    if precision == "fp8" and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("fp8 needs compute capability 8.9")
+    ids = torch.randint(256, (4, 129), generator=torch.Generator().manual_seed(0))
+    ends = []
+    for products in (None, precision):
+        model = make_model().cuda().set_compute_dtype(torch.bfloat16, embeddings=True)
+        optimizer = MuonAdamW(param_groups(model, nanochat_rules(model_dim=256, batch_lr_scale=0.5)))
+        config = TrainerConfig(num_steps=120, compile=compiled, matmul_precision=products)
+        steps = list(Trainer(model, optimizer, itertools.repeat(Batch(ids[:, :-1], ids[:, 1:])), config))
+        ends.append(steps[-1].loss)
+    assert ends[1] < 0.1
+    assert abs(ends[1] - ends[0]) < 0.05
+
+
+@pytest.mark.parametrize("precision", ["fp8", "int8"])
+def test_products_in_eight_bits_are_those_of_a_cpu(precision: str) -> None:
+    if precision == "fp8" and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("fp8 needs compute capability 8.9")
+    torch.manual_seed(0)
+    x, weight, grad = torch.randn(100, 256).bfloat16(), torch.randn(512, 256) * 0.06, torch.randn(100, 512).bfloat16()
+    found = []
+    for device in ("cpu", "cuda"):
+        a, w = (t.to(device, copy=True).requires_grad_() for t in (x, weight))
+        y = low_precision_linear(a, w, precision)
+        found.append([t.cpu() for t in (y.detach(), *torch.autograd.grad(y, (a, w), grad.to(device)))])
+    for on_cpu, on_gpu in zip(*found, strict=True):
+        assert on_cpu.dtype == on_gpu.dtype
+        assert (on_cpu.float() - on_gpu.float()).norm() < 0.01 * on_cpu.float().norm()
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler warns about itself
+def test_the_compiled_muon_update_is_the_plain_one() -> None:
+    if (problem := compiler_problem("cuda")) is not None:
+        pytest.skip(problem)
+    ends = []
+    for setting in (False, "auto"):
+        model = make_model().cuda()
+        optimizer = MuonAdamW(param_groups(model, nanochat_rules(model_dim=256)), compile=setting)
+        for step in range(3):
+            generator = torch.Generator("cuda").manual_seed(step)
+            for parameter in model.parameters():
+                parameter.grad = torch.randn(parameter.shape, device="cuda", generator=generator)
+            optimizer.step()
+        ends.append([parameter.detach() for parameter in model.parameters()])
+    for plain, compiled in zip(*ends, strict=True):
+        torch.testing.assert_close(plain, compiled, rtol=0, atol=0.02 * float(plain.abs().max()))
+
+
+@pytest.mark.parametrize("options", [{"stochastic_rounding": True}, {"second_moment": "row"}])
+def test_tables_are_trained_on_a_gpu_as_on_a_cpu_and_repeat(options: dict[str, Any]) -> None:
+    ends = []
+    for device in ("cpu", "cuda", "cuda"):
+        table = torch.nn.Parameter(torch.ones(64, 256, dtype=torch.bfloat16, device=device))
+        optimizer = MuonAdamW([{"params": [("t", table)], "kind": "adamw", "lr": 1e-2, **options}])
+        for step in range(40):
+            table.grad = torch.randn(64, 256, generator=torch.Generator().manual_seed(step)).to(table)
+            optimizer.step()
+        ends.append(table.detach().float().cpu())
+    assert torch.equal(ends[1], ends[2])
+    assert (ends[0] - ends[1]).abs().mean() < 0.01
+
+
 def test_full_logits_never_exist_while_training() -> None:
     model = make_model(vocab_size=32_768).cuda().set_compute_dtype(torch.bfloat16)
     ids = torch.randint(32_768, (16, 256), device="cuda")
@@ -114,7 +182,7 @@ def test_a_resumed_run_repeats_the_losses(tmp_path: Path) -> None:
     def trainer(out: Path) -> Trainer:
         model = make_model().cuda().set_compute_dtype(torch.bfloat16, embeddings=True)
         loader = BatchLoader(TextDocuments(["some text " * 90, "more"] * 9), ByteTokenizer(), rows=2, seq_len=128)
-        config = TrainerConfig(num_steps=10, out_dir=str(out), save_every=4)
+        config = TrainerConfig(num_steps=10, out_dir=str(out), save_every=4, compile=False)
         return Trainer(model, MuonAdamW.for_model(model), loader, config)
 
     torch.use_deterministic_algorithms(True, warn_only=True)

@@ -15,7 +15,8 @@ class TrainingMemory(NamedTuple):
     Attributes:
         weights: Parameters as they are stored.
         gradients: As large as the weights.
-        optimizer: Moments, in float32: one number a weight under Muon, two under AdamW, none under other optimizers.
+        optimizer: Moments, in float32: one number a weight under Muon, two under AdamW
+            (one, and one a row, with `second_moment="row"`), none under other optimizers.
         activations: What the forward pass of one micro-batch keeps for the backward pass.
         loss: Logits of one chunk of tokens and what is computed from them.
     """
@@ -66,8 +67,10 @@ def training_memory(model: GPT, optimizer: Optimizer, *, rows: int, seq_len: int
     gradients = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
     moments = 0
     for group in optimizer.param_groups:
-        numbers = 1 if group.get("kind") == "muon" else 2 if "betas" in group else 0
+        by_rows = group.get("second_moment") == "row"
+        numbers = 1 if group.get("kind") == "muon" or by_rows else 2 if "betas" in group else 0
         moments += numbers * 4 * sum(parameter.numel() for parameter in group["params"])
+        moments += 4 * sum(len(parameter) for parameter in group["params"]) if by_rows else 0
     first = next(model.parameters())
     width = (model.compute_dtype or first.dtype).itemsize
     tokens = rows * seq_len

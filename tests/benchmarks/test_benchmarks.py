@@ -16,6 +16,7 @@ FILES = {
     "ablation": {"ablation": {"bpb", "mean_bpb", "spread_bpb", "change_bpb", "parameters"}},
     "attention": {"attention": {"extra_mib"}},
     "checkpoint": {"checkpoint": {"bytes", "share_of_torch"}},
+    "compile": {"compile": {"cold_seconds", "warm_seconds", "graphs"}},
     "corpus_size": {"corpus_size": {"peak_mib", "cost_against_smallest"}},
     "decode": {
         "decode": {"tokens_per_second", "first_token_seconds"},
@@ -25,6 +26,7 @@ FILES = {
     "import_time": {"import_time": {"over_torch_seconds"}},
     "loader": {"loader": {"tokens_per_second"}},
     "loss": {"loss": {"extra_mib"}},
+    "low_precision": {"low_precision": {"bpb", "change_bpb"}},
     "optimizer_step": {"optimizer_step": {"extra_mib", "extra_fraction"}},
     "packing": {"packing": {"rows_per_second", "lost_fraction"}},
     "training_step": {"training_step": set(), "training_step_peers": {"tokens_per_second", "peak_mib", "extra_mib"}},

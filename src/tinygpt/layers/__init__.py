@@ -19,6 +19,8 @@ from tinygpt.layers._init import init_weights as init_weights
 from tinygpt.layers._kv_cache import KVCache as KVCache
 from tinygpt.layers._kv_cache import LayerCache as LayerCache
 from tinygpt.layers._linear import Linear as Linear
+from tinygpt.layers._matmul_precision import MatmulPrecision as MatmulPrecision
+from tinygpt.layers._matmul_precision import set_matmul_precision as set_matmul_precision
 from tinygpt.layers._mlp import GeluMLP as GeluMLP
 from tinygpt.layers._mlp import ReluSquaredMLP as ReluSquaredMLP
 from tinygpt.layers._mlp import SwiGLU as SwiGLU
@@ -36,6 +38,7 @@ __all__ = [
     "LMHead",
     "LayerCache",
     "Linear",
+    "MatmulPrecision",
     "RMSNorm",
     "ReluSquaredMLP",
     "RotaryEmbedding",
@@ -47,5 +50,6 @@ __all__ = [
     "attention_backends",
     "causal_attention",
     "init_weights",
+    "set_matmul_precision",
     "use_attention_backend",
 ]

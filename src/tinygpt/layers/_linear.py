@@ -5,12 +5,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tinygpt.errors import ConfigError
+from tinygpt.layers._low_precision import low_precision_linear
 
 
 class Linear(nn.Linear):
     """`x @ weight.T (+ bias)` with a float32 master weight, multiplied in the dtype of `x`.
 
     The optimizer sees full-precision weights while a bfloat16 input gives a bfloat16 product, without autocast.
+    With [`set_matmul_precision`][tinygpt.layers.set_matmul_precision] it multiplies in eight bits while training.
     The weight starts uniform with standard deviation `in_features ** -0.5`, the bias (off by default) at zero.
 
     Args:
@@ -23,6 +25,8 @@ class Linear(nn.Linear):
     Raises:
         ConfigError: If a width is not positive.
     """
+
+    matmul_precision: str | None = None
 
     def __init__(
         self,
@@ -46,6 +50,9 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """Apply to the last axis: `(..., in_features)` -> `(..., out_features)` in the dtype of `x`."""
         bias = None if self.bias is None else self.bias.to(x.dtype)
+        if self.matmul_precision is not None and self.training:
+            y = low_precision_linear(x, self.weight, self.matmul_precision)
+            return y if bias is None else y + bias
         return F.linear(x, self.weight.to(x.dtype), bias)
 
 

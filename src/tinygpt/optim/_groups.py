@@ -3,12 +3,19 @@
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tinygpt.errors import ConfigError
 
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "adamw": {"betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.0},
+    "adamw": {
+        "betas": (0.9, 0.95),
+        "eps": 1e-8,
+        "weight_decay": 0.0,
+        "second_moment": "element",
+        "stochastic_rounding": False,
+    },
     "muon": {
         "momentum": 0.95,
         "beta2": 0.9,
@@ -44,7 +51,7 @@ def checked_group(group: dict[str, Any], existing: Iterable[dict[str, Any]]) -> 
         raise ConfigError(f"the {kind} group that starts with {pairs[0][0]!r} needs lr.")
     options = DEFAULTS[kind] | options
     check_options(options)
-    _check_parameters(kind, pairs)
+    _check_parameters(kind, pairs, options)
     _check_repeats(pairs, existing)
     options.setdefault("initial_lr", options["lr"])
     options.setdefault("initial_weight_decay", options["weight_decay"])
@@ -84,17 +91,26 @@ def check_options(options: dict[str, Any]) -> None:
         raise ConfigError(f"polar_steps={polar_steps!r} is not possible; choose 1 to 5.")
     if (polar_dtype := options.get("polar_dtype", "auto")) not in ("auto", "float32", "bfloat16"):
         raise ConfigError(f"polar_dtype={polar_dtype!r} is not known; choose 'auto', 'float32' or 'bfloat16'.")
+    if (second_moment := options.get("second_moment", "element")) not in ("element", "row"):
+        raise ConfigError(f"second_moment={second_moment!r} is not known; choose 'element' or 'row'.")
+    if not isinstance(rounding := options.get("stochastic_rounding", False), bool):
+        raise ConfigError(f"stochastic_rounding={rounding!r} must be True or False.")
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _check_parameters(kind: str, pairs: list[tuple[str, Tensor]]) -> None:
+def _check_parameters(kind: str, pairs: list[tuple[str, Tensor]], options: dict[str, Any]) -> None:
     if wrong := [name for name, param in pairs if not param.is_floating_point()]:
         raise ConfigError(f"only real floating-point parameters can be trained, not {', '.join(wrong)}.")
     if kind == "muon" and (wrong := [f"{name} {tuple(param.shape)}" for name, param in pairs if param.ndim != 2]):
         raise ConfigError(f"Muon updates matrices; give these to a group of kind 'adamw': {', '.join(wrong)}.")
+    row_wise = options.get("second_moment") == "row"
+    if row_wise and (wrong := [f"{name} {tuple(param.shape)}" for name, param in pairs if param.ndim != 2]):
+        raise ConfigError(f"second_moment='row' is for tables, which have two axes, not for {', '.join(wrong)}.")
+    if options.get("stochastic_rounding") and (wrong := [n for n, param in pairs if param.dtype == torch.float16]):
+        raise ConfigError(f"stochastic_rounding is for bfloat16; {', '.join(wrong)} is stored in float16.")
 
 
 def _check_repeats(pairs: list[tuple[str, Tensor]], existing: Iterable[dict[str, Any]]) -> None:

@@ -1,17 +1,20 @@
 """Muon for matrices and AdamW for the rest, as one torch optimizer."""
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Self, overload
+from typing import Any, Literal, Self, overload
 
 import torch
 from torch import Tensor, nn
 
+from tinygpt.compiler import compiler_problem
 from tinygpt.errors import ConfigError
 from tinygpt.optim._groups import checked_group
 from tinygpt.optim._named_state import VERSION, matching_groups, state_dtype, state_shapes
 from tinygpt.optim._param_groups import default_groups
 from tinygpt.optim._polar import fast_dtype
+from tinygpt.optim._rounding import rounding_seed
 from tinygpt.optim._updates import adamw_update, muon_update
 
 # Matrices of one shape are updated together in stacks of at most this many elements (16 MiB in float32). A Muon step
@@ -39,6 +42,8 @@ class MuonAdamW(torch.optim.Optimizer):
     | `"adamw"` | `betas` | (0.9, 0.95) | decay of the two moments |
     | | `eps` | 1e-8 | added to the root of the second moment |
     | | `weight_decay` | 0.0 | decoupled, times `lr` |
+    | | `second_moment` | "element" | one a number, or "row": one a row of a table |
+    | | `stochastic_rounding` | False | for parameters stored in bfloat16, see below |
     | `"muon"` | `momentum` | 0.95 | Nesterov momentum |
     | | `beta2` | 0.9 | decay of the second moment of NorMuon |
     | | `weight_decay` | 0.0 | cautious, times `lr` |
@@ -52,12 +57,17 @@ class MuonAdamW(torch.optim.Optimizer):
     `zero_grad`, `add_param_group` and `deepcopy` work. A group remembers its `initial_lr` and `initial_weight_decay`
     for schedules to multiply. A parameter without gradient is left alone, its state too. Parameters stored in bfloat16
     are updated in float32 and keep float32 state; the result is rounded, so changes under 0.4 % of a weight are lost:
-    fine for embeddings, wrong for matrices.
+    fine for embeddings, wrong for matrices. `stochastic_rounding` keeps them on average: it rounds up or down
+    by chance. Its noise follows from the parameter's name and step alone, so a resumed run repeats it.
+
+    `second_moment="row"` is for groups of tables, which hold most of a small model's parameters: it keeps a second
+    moment for each row, a token, and not for each number, which nearly halves their state.
 
     Args:
         params: The groups.
         compile: Compile the Muon update with `torch.compile`, at the first step. It saves memory traffic on a GPU
-            after some seconds of compilation for each shape; it needs a compiler.
+            after some seconds of compilation for each shape. `"auto"` does so on CUDA alone and where a small function
+            compiles; with `True` a compiler that does not work is warned of, and the update runs without.
 
     Raises:
         ConfigError: If a group is not usable; the message names the parameters.
@@ -76,13 +86,15 @@ class MuonAdamW(torch.optim.Optimizer):
         ```
     """
 
-    def __init__(self, params: Iterable[dict[str, Any]], *, compile: bool = False) -> None:
+    def __init__(self, params: Iterable[dict[str, Any]], *, compile: bool | Literal["auto"] = False) -> None:
         groups = list(params)
         if not groups or not all(isinstance(group, dict) for group in groups):
             raise ConfigError(
                 "MuonAdamW needs a list of groups, each a dict with params, kind and lr. "
                 "For a model use MuonAdamW.for_model(model)."
             )
+        if not (isinstance(compile, bool) or compile == "auto"):
+            raise ConfigError(f"compile={compile!r} is not known; choose True, False or 'auto'.")
         self.compile = compile
         self._reset_caches()
         super().__init__(groups, defaults={})
@@ -99,7 +111,7 @@ class MuonAdamW(torch.optim.Optimizer):
         momentum: float = 0.95,
         betas: tuple[float, float] = (0.9, 0.95),
         adamw_names: Sequence[str] = (),
-        compile: bool = False,
+        compile: bool | Literal["auto"] = False,
     ) -> Self:
         """Build the optimizer for any module.
 
@@ -135,7 +147,8 @@ class MuonAdamW(torch.optim.Optimizer):
     def _reset_caches(self) -> None:
         # Stacks are built from the state at the next step, so loading, copying and unpickling need nothing more.
         self._stacks: dict[int, list[_Stack]] = {}
-        self._muon_update: Callable[..., None] | None = None
+        self._compiled: Callable[..., None] | None = None
+        self._compiles: dict[torch.device, bool] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "compile": self.compile}
@@ -188,13 +201,19 @@ class MuonAdamW(torch.optim.Optimizer):
         return loss
 
     def _step_adamw(self, group: dict[str, Any]) -> None:
-        params = [param for param in group["params"] if param.grad is not None]
+        named = [
+            (name, param)
+            for name, param in zip(group["param_names"], group["params"], strict=True)
+            if param.grad is not None
+        ]
+        params = [param for _, param in named]
         states = [self.state[param] for param in params]
         for param, state in zip(params, states, strict=True):
             if not state:
                 state["step"] = 0
-                for key in state_shapes("adamw", param):
-                    state[key] = torch.zeros_like(param, dtype=state_dtype(param))
+                for key, shape in state_shapes(group, param).items():
+                    like = param if shape == param.shape else param.new_empty(shape)
+                    state[key] = torch.zeros_like(like, dtype=state_dtype(param))
             state["step"] += 1
         adamw_update(
             params,
@@ -206,6 +225,9 @@ class MuonAdamW(torch.optim.Optimizer):
             betas=group["betas"],
             eps=group["eps"],
             weight_decay=group["weight_decay"],
+            rounding_seeds=[rounding_seed(name, self.state[param]["step"]) for name, param in named]
+            if group["stochastic_rounding"]
+            else None,
         )
 
     def _build_stacks(self, group: dict[str, Any]) -> list[_Stack]:
@@ -221,7 +243,7 @@ class MuonAdamW(torch.optim.Optimizer):
                 like = members[0]
                 buffers = {
                     key: torch.zeros(len(members), *shape, dtype=state_dtype(like), device=like.device)
-                    for key, shape in state_shapes("muon", like).items()
+                    for key, shape in state_shapes(group, like).items()
                 }
                 for index, param in enumerate(members):
                     state = self.state[param]
@@ -246,12 +268,12 @@ class MuonAdamW(torch.optim.Optimizer):
         second_moment = stack.second_moment if whole else stack.second_moment[present]
         rates = {key: group[key] for key in ("lr", "momentum", "beta2", "weight_decay")}
         dtype = group["polar_dtype"]
-        if self._muon_update is None:
-            self._muon_update = torch.compile(muon_update, dynamic=False) if self.compile else muon_update
-        if self.compile:
+        update = muon_update
+        if self._is_compiled_on(momentum.device):
+            update = self._compiled = self._compiled or torch.compile(muon_update, dynamic=False)
             # As numbers they would be constants of the compiled code, and every scheduled change a new compilation.
             rates = {key: torch.tensor(value, dtype=momentum.dtype) for key, value in rates.items()}
-        self._muon_update(
+        update(
             params,
             grads,
             momentum,
@@ -265,6 +287,15 @@ class MuonAdamW(torch.optim.Optimizer):
         if not whole:
             stack.momentum[present] = momentum
             stack.second_moment[present] = second_moment
+
+    def _is_compiled_on(self, device: torch.device) -> bool:
+        if device not in self._compiles:
+            wanted = self.compile is True or (self.compile == "auto" and device.type == "cuda")
+            problem = compiler_problem(device) if wanted else None
+            if problem is not None and self.compile is True:
+                warnings.warn(f"the Muon update is not compiled: {problem}", stacklevel=2)
+            self._compiles[device] = wanted and problem is None
+        return self._compiles[device]
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state by parameter name.

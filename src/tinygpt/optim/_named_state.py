@@ -18,11 +18,11 @@ def state_dtype(param: Tensor) -> torch.dtype:
     return torch.promote_types(param.dtype, torch.float32)
 
 
-def state_shapes(kind: str, param: Tensor) -> dict[str, tuple[int, ...]]:
-    """Return the name and shape of every state tensor of a parameter."""
+def state_shapes(group: Group, param: Tensor) -> dict[str, tuple[int, ...]]:
+    """Return the name and shape of every state tensor of a parameter of a group."""
     shape = tuple(param.shape)
-    if kind == "adamw":
-        return {"exp_avg": shape, "exp_avg_sq": shape}
+    if group["kind"] == "adamw":
+        return {"exp_avg": shape, "exp_avg_sq": (shape[0], 1) if group["second_moment"] == "row" else shape}
     rows, cols = shape
     return {"momentum": shape, "second_moment": (rows, 1) if rows >= cols else (1, cols)}
 
@@ -61,7 +61,7 @@ def _matching_groups(groups: list[Group], state_dict: dict[str, Any]) -> list[Gr
         check_options(options)
     for group in groups:
         for name, param in zip(group["param_names"], group["params"], strict=True):
-            _check_entry(name, group["kind"], param, state[name])
+            _check_entry(name, group, param, state[name])
     return matched
 
 
@@ -86,6 +86,12 @@ def _match(group: Group, saved_groups: list[Group]) -> Group:
                 f"the saved group is of kind {saved['kind']!r}, the optimizer's of kind {group['kind']!r}: "
                 f"{', '.join(sorted(names))}. Build the optimizer with the rules it was saved with."
             )
+        was, wanted = (each.get("second_moment", "element") for each in (saved, group))
+        if was != wanted:
+            raise CheckpointError(
+                f"the saved group has second_moment={was!r}, the optimizer's has {wanted!r}: "
+                f"{', '.join(sorted(names))}. One cannot be made from the other: build it with {was!r}."
+            )
         return saved
     raise CheckpointError(
         f"the state was saved with other groups; none holds exactly {', '.join(sorted(names))}. "
@@ -93,11 +99,11 @@ def _match(group: Group, saved_groups: list[Group]) -> Group:
     )
 
 
-def _check_entry(name: str, kind: str, param: Tensor, entry: dict[str, Any]) -> None:
+def _check_entry(name: str, group: Group, param: Tensor, entry: dict[str, Any]) -> None:
     step = entry.get("step")
     if not isinstance(step, int) or step < 0:
         raise CheckpointError(f"optimizer state of {name!r} has step={step!r}; it must be an integer from 0.")
-    expected = state_shapes(kind, param) if step > 0 else {}
+    expected = state_shapes(group, param) if step > 0 else {}
     tensors = {key: value for key, value in entry.items() if key != "step"}
     if set(tensors) != set(expected):
         raise CheckpointError(

@@ -21,6 +21,8 @@ def nanochat_rules(
     weight_decay: float = 0.28,
     row_equilibration: bool = False,
     norm_renormalization: bool = False,
+    table_second_moment: str = "element",
+    stochastic_rounding: bool = False,
 ) -> list[Rule]:
     """Build the rules for the parameter names of `tinygpt.GPT`, with nanochat's settings.
 
@@ -40,6 +42,8 @@ def nanochat_rules(
         weight_decay: Cautious weight decay of the matrices.
         row_equilibration: As in [`MuonAdamW`][tinygpt.optim.MuonAdamW]; off in the documented run.
         norm_renormalization: As in [`MuonAdamW`][tinygpt.optim.MuonAdamW]; off in the documented run.
+        table_second_moment: The `second_moment` of token and value embeddings; "element" in the documented run.
+        stochastic_rounding: Of token and value embeddings that are stored in bfloat16; off in the documented run.
 
     Returns:
         The rules, first match wins.
@@ -70,10 +74,11 @@ def nanochat_rules(
         "blocks.*.mlp.*_proj.weight",
         "blocks.*.attention.value_gate.weight",
     )
+    table: dict[str, Any] = {"second_moment": table_second_moment, "stochastic_rounding": stochastic_rounding}
     return [
         _adamw("head.weight", unembedding_lr * width_scale, (0.8, 0.96), 0.01),
-        _adamw("embedding.weight", embedding, (0.8, 0.995), 0.001),
-        _adamw("blocks.*.attention.value_embedding.weight", embedding * 0.5, (0.8, 0.995), 0.01),
+        _adamw("embedding.weight", embedding, (0.8, 0.995), 0.001, **table),
+        _adamw("blocks.*.attention.value_embedding.weight", embedding * 0.5, (0.8, 0.995), 0.01, **table),
         _adamw("blocks.*.residual_scale", scalar * 0.01, (0.8, 0.95), 0.05),
         _adamw("blocks.*.x0_scale", scalar, (0.96, 0.95), 0.0),
         _adamw(("smear.gate.weight", "smear.scale", "backout.scale"), _SMEAR_AND_BACKOUT_LR, (0.8, 0.95), 0.0),
@@ -89,6 +94,7 @@ def _adamw(
     betas: tuple[float, float],
     weight_decay: float,
     ndim: int | None = None,
+    **more: Any,
 ) -> Rule:
-    options: dict[str, Any] = {"lr": lr, "betas": betas, "eps": _EPS, "weight_decay": weight_decay}
+    options: dict[str, Any] = {"lr": lr, "betas": betas, "eps": _EPS, "weight_decay": weight_decay, **more}
     return Rule(pattern, kind="adamw", options=options, ndim=ndim, optional=True)

@@ -8,11 +8,13 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from tinygpt.optim._polar import orthogonalize
+from tinygpt.optim._rounding import round_stochastically
 
 _FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
-# Parameters that need a float32 copy are worked on in slices of this many elements (16 MiB), so that a step on a
-# large bfloat16 embedding needs no large temporary. AdamW is elementwise, so slicing changes nothing.
-_SLICE_ELEMENTS = 2**22
+# What torch's kernel cannot do is worked on in slices of this many elements (4 MiB in float32), so that a step on a
+# large table needs no large temporary: at 32,768 x 768 below 1 MiB was seen, where 2**22 took 16 to 36. Slices are of
+# whole rows, so they change nothing.
+_SLICE_ELEMENTS = 2**20
 
 
 def adamw_update(
@@ -26,6 +28,7 @@ def adamw_update(
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,
+    rounding_seeds: Sequence[int] | None = None,
 ) -> None:
     """Apply one AdamW step in place.
 
@@ -40,23 +43,43 @@ def adamw_update(
         params: Parameters, any shapes. Changed.
         grads: Their gradients.
         exp_avgs: Running means of the gradients, same shapes. Changed.
-        exp_avg_sqs: Running means of the squared gradients, same shapes. Changed.
+        exp_avg_sqs: Running means of the squared gradients, same shapes, or `(rows, 1)` for a parameter `(rows, cols)`:
+            then those of the rows' mean squares, and all numbers of a row share one step size. Changed.
         steps: How many updates each parameter will have had after this one, from 1.
         lr: Learning rate.
         betas: Decay of the two running means.
         eps: Added to the root of the second moment.
         weight_decay: Decoupled weight decay, times `lr`.
+        rounding_seeds: One a parameter, other ones at each step: parameters stored in bfloat16 are rounded up or down
+            by chance, right on average, instead of to the nearest number. The same seed on the same device and number
+            of elements gives the same choices. Without effect on other parameters.
 
     References:
-        Loshchilov and Hutter, [Decoupled Weight Decay Regularization](https://arxiv.org/abs/1711.05101), 2017.
+        Loshchilov and Hutter, [Decoupled Weight Decay Regularization](https://arxiv.org/abs/1711.05101), 2017. One
+        second moment a row is what row-wise Adagrad keeps in
+        [DLRM](https://arxiv.org/abs/1906.00091), 2019, and [Adam-mini](https://arxiv.org/abs/2406.16793), 2024, for the
+        rows of embeddings. Rounding: Gupta et al.,
+        [Deep Learning with Limited Numerical Precision](https://arxiv.org/abs/1502.02551), 2015.
     """
     fused: list[int] = []
     for index, (param, grad, exp_avg, exp_avg_sq) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)):
         if _fusable(param, grad, exp_avg, exp_avg_sq):
             fused.append(index)
         else:
+            generator = None
+            if rounding_seeds is not None and param.dtype == torch.bfloat16:
+                generator = torch.Generator(param.device).manual_seed(rounding_seeds[index])
             _adamw_plain(
-                param, grad, exp_avg, exp_avg_sq, steps[index], lr=lr, betas=betas, eps=eps, weight_decay=weight_decay
+                param,
+                grad,
+                exp_avg,
+                exp_avg_sq,
+                steps[index],
+                lr=lr,
+                betas=betas,
+                eps=eps,
+                weight_decay=weight_decay,
+                generator=generator,
             )
     if fused:
         adamw(
@@ -82,7 +105,7 @@ def _fusable(param: Tensor, *others: Tensor) -> bool:
     return (
         param.device.type in _FUSED_DEVICES
         and param.is_contiguous()
-        and all(other.dtype == param.dtype and other.is_contiguous() for other in others)
+        and all(other.dtype == param.dtype and other.is_contiguous() and other.shape == param.shape for other in others)
     )
 
 
@@ -112,18 +135,24 @@ def _adamw_plain(
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,
+    generator: torch.Generator | None,
 ) -> None:
     beta1, beta2 = betas
     if param.ndim == 0:
         param, grad, exp_avg, exp_avg_sq = (tensor.view(1) for tensor in (param, grad, exp_avg, exp_avg_sq))
+    row_wise = exp_avg_sq.shape != param.shape
     rows = max(1, _SLICE_ELEMENTS * len(param) // max(1, param.numel()))
     for p, g, m, v in zip(*(torch.split(tensor, rows) for tensor in (param, grad, exp_avg, exp_avg_sq)), strict=True):
         wide = g.to(m.dtype)
         m.lerp_(wide, 1 - beta1)
-        v.lerp_(wide.square(), 1 - beta2)
+        v.lerp_(wide.square().mean(-1, keepdim=True) if row_wise else wide.square(), 1 - beta2)
+        del wide
         denominator = (v / (1 - beta2**step)).sqrt_().add_(eps)
-        result = p.to(m.dtype) * (1 - lr * weight_decay)
-        p.copy_(result.addcdiv_(m, denominator, value=-lr / (1 - beta1**step)))
+        result = p.to(m.dtype).mul_(1 - lr * weight_decay)  # p itself, if it has that dtype
+        result.addcdiv_(m, denominator, value=-lr / (1 - beta1**step))
+        del denominator
+        if result is not p:
+            p.copy_(result if generator is None else round_stochastically(result, generator))
 
 
 def muon_update(

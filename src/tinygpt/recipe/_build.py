@@ -235,7 +235,7 @@ def make_model(recipe: "Recipe", device: torch.device) -> tuple[GPT, MuonAdamW]:
     model = GPT.from_config(recipe.model).to(device)
     if recipe.precision == "bfloat16" or resolve_precision(recipe.precision, device) == torch.bfloat16:
         model.set_compute_dtype(torch.bfloat16, embeddings=True)
-    return model, MuonAdamW(param_groups(model, optimizer_rules(recipe)))
+    return model, MuonAdamW(param_groups(model, optimizer_rules(recipe)), compile="auto" if recipe.compile else False)
 
 
 def optimizer_rules(recipe: "Recipe") -> list[Rule]:
@@ -252,7 +252,6 @@ def optimizer_rules(recipe: "Recipe") -> list[Rule]:
 
 def trainer_config(recipe: "Recipe", out_dir: Path | None) -> TrainerConfig:
     """Return the settings of the loop."""
-    device = resolve_device(recipe.device)
     return TrainerConfig(
         num_steps=recipe.total_steps,
         batch_tokens=recipe.batch_tokens,
@@ -263,7 +262,8 @@ def trainer_config(recipe: "Recipe", out_dir: Path | None) -> TrainerConfig:
         keep_last=recipe.keep_last,
         keep_every=recipe.keep_every,
         keep_best=recipe.keep_best,
-        compile=device.type == "cuda" if recipe.compile == "auto" else recipe.compile,
+        compile=recipe.compile,
+        matmul_precision=recipe.matmul_precision,
     )
 
 

@@ -107,7 +107,7 @@ def plan_run(recipe: "Recipe", *, device_name: str | None, mfu: float) -> RunPla
     with torch.device("meta"):
         model, optimizer = make_model(recipe.replace(precision=precision), torch.device("meta"))
     memory = training_memory(model, optimizer, rows=recipe.data.rows, seq_len=recipe.seq_len)
-    config = trainer_config(recipe, None).replace(precision="float32", compile=False)
+    config = trainer_config(recipe, None).replace(precision="float32", matmul_precision=None, compile=False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that this device is slow; it is none
         trainer = Trainer(

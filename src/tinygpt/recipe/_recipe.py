@@ -83,7 +83,8 @@ class Recipe(Config):
         grad_clip: Largest norm of the gradient; `None` for no clipping.
         precision: As in `TrainerConfig`. Where it comes to bfloat16 the token tables are stored in it as well.
         device: `"auto"` for a GPU if there is one, or what torch calls a device, such as `"cuda:1"`.
-        compile: Compile each block; `"auto"` does so on CUDA.
+        matmul_precision: As in `TrainerConfig`.
+        compile: As in `TrainerConfig`; unless it is off, the Muon update is compiled on CUDA as well.
         seed: Of the first weights and of samples.
         evaluate_every: Steps between evaluations; `None` for one at the end.
         save_every: Steps between checkpoints; `None` for one at the end.
@@ -124,8 +125,9 @@ class Recipe(Config):
     batch_tokens: Positive | None = None
     grad_clip: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    matmul_precision: Literal["fp8", "int8"] | None = None
     device: str = "auto"
-    compile: bool | Literal["auto"] = "auto"
+    compile: bool | Literal["auto", "block", "model"] = "auto"
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     evaluate_every: Positive | None = None
     save_every: Positive | None = None

@@ -229,6 +229,8 @@ class OptimizerRecipe(Config):
         weight_decay: Weight decay of the matrices.
         row_equilibration: As in `MuonAdamW`.
         norm_renormalization: As in `MuonAdamW`.
+        table_second_moment: `"row"` keeps one second moment a row of the token and value tables, which saves memory.
+        stochastic_rounding: Of token and value tables that are stored in bfloat16, as in `MuonAdamW`.
     """
 
     lr_scale: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
@@ -239,6 +241,8 @@ class OptimizerRecipe(Config):
     weight_decay: Rate = 0.28
     row_equilibration: bool = False
     norm_renormalization: bool = False
+    table_second_moment: Literal["element", "row"] = "element"
+    stochastic_rounding: bool = False
 
 
 class SamplesRecipe(Config):

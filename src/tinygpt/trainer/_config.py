@@ -6,6 +6,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from tinygpt.config import Config
+from tinygpt.trainer._compile import Compile
 
 Positive = Annotated[int, Field(ge=1)]
 
@@ -19,6 +20,8 @@ class TrainerConfig(Config):
             `None` for one micro-batch a step.
         precision: Dtype of activations and matrix products. `"auto"` takes bfloat16 on a GPU that multiplies it fast
             and float32 elsewhere, and leaves a model alone that was given a compute dtype already.
+        matmul_precision: `"fp8"` or `"int8"` to multiply the matrices of the blocks in that while training, as
+            `tinygpt.layers.set_matmul_precision` does and explains; `None` in the dtype of the activations.
         grad_clip: Largest norm of the gradient; a larger one is scaled down to it. `None` for no clipping.
         out_dir: Folder for `metrics.jsonl` and `checkpoints/`; `None` writes nothing.
         save_every: Save a checkpoint whenever the number of finished steps is a multiple of this, and at the end;
@@ -29,7 +32,10 @@ class TrainerConfig(Config):
         keep_every: Keep those as well whose step is a multiple of this.
         keep_best: Keep as many with the lowest `bpb` as well, of those that `trainer.record("evaluation", bpb=...,
             data_hash=...)` was called for at their step. Only scores on the data measured last are compared.
-        compile: Compile each block with `torch.compile` at its first use.
+        compile: Compile with `torch.compile` at the first step: `"block"` or `True` each block, which equal blocks
+            share; `"model"` loss and model as one, which takes longer to compile and may run a little faster; `"auto"`
+            blocks on CUDA and nothing elsewhere. Where there is no working compiler training goes on without, after a
+            warning.
 
     Raises:
         ConfigError: If a field is out of range.
@@ -38,6 +44,7 @@ class TrainerConfig(Config):
     num_steps: Positive
     batch_tokens: Positive | None = None
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    matmul_precision: Literal["fp8", "int8"] | None = None
     grad_clip: Annotated[float, Field(gt=0)] | None = None
     out_dir: str | Path | None = None
     save_every: Positive | None = None
@@ -45,7 +52,7 @@ class TrainerConfig(Config):
     keep_last: Positive | None = 3
     keep_every: Positive | None = None
     keep_best: Positive | None = None
-    compile: bool = False
+    compile: Compile = "auto"
 
     @model_validator(mode="after")
     def _something_goes(self) -> Self:

@@ -6,6 +6,8 @@ import torch
 from torch import nn
 
 from tinygpt.errors import ConfigError
+from tinygpt.layers import set_matmul_precision
+from tinygpt.trainer._config import TrainerConfig
 
 
 def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
@@ -31,8 +33,11 @@ def multiplies_bfloat16_fast(device: torch.device) -> bool:
     )
 
 
-def set_precision(model: nn.Module, precision: str, device: torch.device) -> torch.dtype:
-    """Give the model its compute dtype and return it."""
+def set_precision(model: nn.Module, config: TrainerConfig, device: torch.device) -> torch.dtype:
+    """Give the model its compute dtype and return it; let its matrices multiply in what the config says."""
+    if config.matmul_precision is not None:
+        set_matmul_precision(model, config.matmul_precision)
+    precision = config.precision
     setter = getattr(model, "set_compute_dtype", None)
     chosen = getattr(model, "compute_dtype", None)
     dtype = chosen if precision == "auto" and chosen is not None else resolve_precision(precision, device)

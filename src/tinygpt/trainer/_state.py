@@ -94,6 +94,7 @@ def settings(trainer: "Trainer", step: int | None = None) -> dict[str, Any]:
         "tokens of a step": tokens and tokens * getattr(course.loaders[phase], "world_size", 1),
         "grad_clip": config.grad_clip,
         "precision": str(trainer.precision),
+        "matmul_precision": config.matmul_precision,
         "loss": loss_name(trainer.loss_fn),
         **describe_schedules(trainer.rates.schedules_at(step)),
     }

@@ -18,6 +18,7 @@ from tinygpt.schedules import Schedule
 from tinygpt.tokenizer import Tokenizer
 from tinygpt.trainer._arguments import check_arguments
 from tinygpt.trainer._changes import Change, as_rows, checked_accept
+from tinygpt.trainer._compile import compile_parts
 from tinygpt.trainer._config import TrainerConfig
 from tinygpt.trainer._hooks import Hook
 from tinygpt.trainer._identity import MeasuredOn
@@ -110,10 +111,8 @@ class Trainer:
         self.next_step, self.tokens = 0, 0
         self.rates = Rates(optimizer, [phase.schedules for phase in phases], self.course.starts)
         check_boundaries(self.course, self.rates)
-        self.precision = set_precision(model, config.precision, self.device)
-        if config.compile:
-            for block in getattr(model, "blocks", [model]):
-                block.compile(dynamic=False)
+        self.precision = set_precision(model, config, self.device)
+        self._step_loss = compile_parts(model, loss_fn, config.compile, self.device)
         self._meter = Meter(model, self.device, self.precision)
         self._metrics_file: MetricsFile | None = None
         self._last_saved: Path | None = None
@@ -366,7 +365,7 @@ class Trainer:
         result = train_step(
             self.model,
             self.optimizer,
-            self.loss_fn,
+            self._step_loss,
             self.course.batches_at(self.next_step),
             index=self.next_step,
             batch_tokens=self.course.batch_tokens[self.course.index_at(self.next_step)],

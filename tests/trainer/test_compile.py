@@ -1,0 +1,105 @@
+"""What is compiled by which setting, and that a run can change it: with a compiler that only looks, and a real one."""
+
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from small_runs import everything, make_model, make_trainer, steps_of
+from tinygpt.checkpoint import load_tensors
+from tinygpt.data import Batch
+from tinygpt.errors import ConfigError
+from tinygpt.losses import LossSum, next_token_loss
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Let torch.compile capture graphs and run them as they are; list what it was asked to compile."""
+    torch._dynamo.reset()
+    names: list[str] = []
+    real = torch.compile
+
+    def compile_(target: Callable[..., Any], **options: Any) -> Any:
+        assert options == {"dynamic": False}
+        owner = getattr(target, "__self__", None)
+        names.append(type(owner).__name__ if owner is not None else target.__name__)
+        return real(target, backend="eager", **options)
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    monkeypatch.setattr("tinygpt.trainer._compile.compiler_problem", lambda device: None)
+    return names
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler looks at attributes that warn when looked at
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        ("auto", []),
+        (False, []),
+        (True, ["Block"]),
+        ("block", ["Block"]),
+        ("model", ["next_token_loss"]),
+    ],
+)
+def test_a_setting_compiles_what_it_says(compiled: list[str], setting: Any, expected: list[str]) -> None:
+    trainer = make_trainer(compile=setting)
+    assert compiled == expected
+    steps = list(trainer)
+    assert [s.loss for s in steps] == [s.loss for s in make_trainer(compile=False)]
+    assert trainer.loss_fn is next_token_loss
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_model_without_blocks_is_compiled_as_one(compiled: list[str]) -> None:
+    model = nn.Sequential(nn.Embedding(257, 8), nn.Linear(8, 257))
+    losses = [s.loss for s in make_trainer(model=model, compile="block")]
+    assert compiled == ["Sequential"]
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_loss_of_ones_own_is_compiled_with_the_model(compiled: list[str]) -> None:
+    def doubled(model: nn.Module, batch: Batch) -> LossSum:
+        total, count = next_token_loss(model, batch)
+        return LossSum(total * 2, count)
+
+    ends = [
+        [s.loss for s in make_trainer(compile=setting, arguments={"loss_fn": doubled})] for setting in (False, "model")
+    ]
+    assert compiled == ["doubled"]
+    assert ends[0] == ends[1]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("before", "after"), [("block", False), (False, "model"), ("model", "block")])
+def test_a_run_is_resumed_under_another_setting(compiled: list[str], tmp_path: Path, before: Any, after: Any) -> None:
+    list(make_trainer(tmp_path / "whole", compile=False, save_every=2))
+    steps_of(make_trainer(tmp_path / "parts", compile=before, save_every=2), 2)
+    resumed = make_trainer(tmp_path / "parts", compile=after, save_every=2)
+    assert not resumed.resume()
+    list(resumed)
+    ends = [everything(tmp_path / run / "checkpoints" / "step-000004") for run in ("whole", "parts")]
+    assert ends[0] == ends[1]
+    names = load_tensors(tmp_path / "parts" / "checkpoints" / "step-000002" / "model.safetensors").keys()
+    assert set(names) == {name for name, _ in make_model().named_parameters()}
+
+
+def test_an_unknown_setting_is_refused() -> None:
+    with pytest.raises(ConfigError, match="compile"):
+        make_trainer(compile="whole")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32" or shutil.which("g++") is None, reason="torch.compile needs a compiler")
+@pytest.mark.filterwarnings("ignore")
+def test_loss_and_model_compiled_as_one_train_like_eager_ones() -> None:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    eager = [step.loss for step in make_trainer(num_steps=3, compile=False)]
+    assert [step.loss for step in make_trainer(num_steps=3, compile="model")] == pytest.approx(eager, rel=1e-4)
+    assert not torch._dynamo.utils.counters["graph_break"]
