@@ -92,11 +92,12 @@ def train(scale: Scale, variant: Variant, seed: int, steps: int, device: str, to
 def main() -> None:
     parser = arguments(__doc__ or "", rounds=2)
     parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--scale", choices=("smoke", "demo"), default="demo", help="of the example, on a CPU")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--depth", type=int, default=12, help="layers of the model on a GPU")
     parser.add_argument("--variants", nargs="*", default=list(VARIANTS), choices=list(VARIANTS))
     args = parse(parser)
-    scale = SCALES["smoke" if args.quick else "demo"]
+    scale = SCALES["smoke" if args.quick else args.scale]
     if args.device == "cuda":
         model = GPTConfig.from_depth(args.depth, vocab_size=scale.model.vocab_size)
         scale = replace(scale, model=model, batch_tokens=65_536)

@@ -32,19 +32,24 @@ FILES = {
     "training_step": {"training_step": set(), "training_step_peers": {"tokens_per_second", "peak_mib", "extra_mib"}},
 }
 
+SLOW = {"compile"}
+
 
 def run(script: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     # One thread: a tiny model on a busy machine waits longer for its threads than it computes.
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(script), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
 
 
 def test_every_benchmark_is_listed_here() -> None:
     assert {script.stem for script in SCRIPTS} == set(FILES)
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
+@pytest.mark.parametrize(
+    "script",
+    [pytest.param(script, id=script.stem, marks=[pytest.mark.slow] * (script.stem in SLOW)) for script in SCRIPTS],
+)
 def test_a_quick_run_prints_a_table_and_writes_what_is_behind_it(script: Path, tmp_path: Path) -> None:
     finished = run(script, "--quick", "--results", str(tmp_path))
     assert finished.returncode == 0, finished.stderr
