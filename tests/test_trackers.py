@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 import torch
 
-from tinygpt import GPT, GPTConfig, Trainer, TrainerConfig
+from tinygpt import GPT, GPTConfig, Trainer, TrainerConfig, trackers
 from tinygpt.data import BatchLoader, embedded_corpus
 from tinygpt.errors import ConfigError, MissingDependencyError
 from tinygpt.metrics import StepMetrics
 from tinygpt.optim import MuonAdamW
 from tinygpt.tokenizer import ByteTokenizer
-from tinygpt.trackers import Tracking, check_tracker, open_tracker, track
+from tinygpt.trackers import Tracker, Tracking, check_tracker, open_tracker, track
 
 NUM_STEPS = 3
 
@@ -112,7 +112,7 @@ def test_mistakes_are_refused() -> None:
     with pytest.raises(ConfigError, match="tracker 'mlops' is not known; choose mlflow, tensorboard, trackio, wandb"):
         open_tracker("mlops", "project", "run")
     for project, run in (("", "run"), ("project", ""), ("project", "../run"), ("project", "a b"), ("project", "'--")):
-        with pytest.raises(ConfigError, match="a project needs a name, and that of a run begins"):
+        with pytest.raises(ConfigError, match=r"a project needs a name|the name of a run in a tracker"):
             open_tracker("tensorboard", project, run)
 
 
@@ -125,6 +125,16 @@ def test_an_absent_package_is_named_with_its_extra(name: str, tmp_path: Path, mo
     monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(MissingDependencyError, match=rf'pip install "tinygpt\[{name}\]"'):
         check_tracker(name)
+
+
+def test_a_tracker_that_cannot_be_opened_says_so_in_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(*_: object) -> Tracker:
+        raise RuntimeError("no login")
+
+    monkeypatch.setitem(trackers._OPENERS, "tensorboard", offline)
+    monkeypatch.setattr(trackers, "check_tracker", lambda *_: None)
+    with pytest.raises(ConfigError, match="the tracker 'tensorboard' cannot be opened: RuntimeError: no login"):
+        open_tracker("tensorboard", "project", "run")
 
 
 def test_a_folder_of_a_trackers_name_is_no_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,8 +12,10 @@ def run() -> NoReturn:
     try:
         sys.exit(main())
     finally:
-        # What is left is Python's own end, where Ctrl-C would print the traceback of whatever is torn down.
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        # What is left is Python's own end, where Ctrl-C would print the traceback of whatever is torn down. Where it is
+        # ignored, as by a command in the background, it stays so.
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
-from tinygpt.errors import ConfigError, MissingDependencyError
+from tinygpt.errors import ConfigError, MissingDependencyError, TinyGPTError
 from tinygpt.metrics import StepMetrics
 
 __all__ = ["Tracker", "Tracking", "check_tracker", "open_tracker", "track"]
@@ -35,18 +35,24 @@ class Tracker(Protocol):
         """Write out what is still kept back; called once."""
 
 
-def check_tracker(name: str) -> None:
+def check_tracker(name: str, run: str | None = None) -> None:
     """Look whether a tracker can be opened, without importing or opening it.
 
     Args:
         name: As for `open_tracker`.
+        run: As for `open_tracker`; `None` if it is not known yet.
 
     Raises:
-        ConfigError: If it is not known.
+        ConfigError: If it is not known, or the run's name does not fit.
         MissingDependencyError: If its package is not installed.
     """
     if name not in _OPENERS:
         raise ConfigError(f"tracker {name!r} is not known; choose {', '.join(sorted(_OPENERS))}.")
+    if run is not None and not _RUN_NAME.fullmatch(run):
+        raise ConfigError(
+            f"run={run!r}: the name of a run in a tracker, for a recipe that of its folder, begins with a letter or "
+            "digit and holds at most 128 letters, digits, dots, dashes and underscores."
+        )
     spec = find_spec(name)  # each is called as its package is; a folder that wandb wrote is no package
     if spec is None or spec.origin is None:
         raise _missing(name, f"No module named {name!r}")
@@ -78,7 +84,8 @@ def open_tracker(
         The tracker; pass it to `track`.
 
     Raises:
-        ConfigError: If the name, the run's name or the folder does not fit, or the run is there already.
+        ConfigError: If the name, the run's name or the folder does not fit, the run is there already, or the tracker
+            refuses, for want of a login for example.
         MissingDependencyError: If the tracker's package is not installed.
 
     Example:
@@ -87,16 +94,17 @@ def open_tracker(
         trainer.fit(track(tracker))
         ```
     """
-    check_tracker(name)
-    if not project or not _RUN_NAME.fullmatch(run):
-        raise ConfigError(
-            f"project={project!r}, run={run!r}: a project needs a name, and that of a run begins with a letter or "
-            "digit and holds at most 128 letters, digits, dots, dashes and underscores."
-        )
+    check_tracker(name, run)
+    if not project:
+        raise ConfigError(f"project={project!r}: a project needs a name.")
     try:
         return _OPENERS[name](project, run, None if folder is None else Path(folder), dict(settings or {}), resume)
     except ImportError as error:
         raise _missing(name, str(error)) from None
+    except TinyGPTError:
+        raise
+    except Exception as error:  # of the tracker itself: no network, no login, a version that it does not know
+        raise ConfigError(f"the tracker {name!r} cannot be opened: {type(error).__name__}: {error}") from error
 
 
 class Tracking:

@@ -91,7 +91,7 @@ def test_stopped_by_ctrl_c_and_resumed_it_ends_bit_for_bit_the_same(here: Path, 
     _, errors = process.communicate(timeout=100)
     assert process.returncode == 130, errors
     assert "the state is saved in stopped/checkpoints/step-" in errors
-    assert "; to go on: tinygpt resume stopped.\n" in errors
+    assert "; to go on: tinygpt resume stopped\n" in errors
     assert "trainer.resume" not in errors
     assert "Traceback" not in errors
     done = len(read_metrics("stopped/metrics.jsonl"))
@@ -169,6 +169,51 @@ def test_a_branch_from_nowhere_makes_no_folder(here: Path, recipe_file: Path, ca
     assert not Path("run").exists()
 
 
+def test_a_branch_that_could_not_begin_is_refused_and_makes_no_folder(
+    here: Path, finished_run: Path, recipe_file: Path, capsys: Captured
+) -> None:
+    last = str(finished_run / "checkpoints" / "step-000006")
+    assert run("train", str(recipe_file), "--from", last, "--out", str(finished_run)) == 2
+    assert "is of the run" in capsys.readouterr().err
+    assert run("train", str(recipe_file), "--from", last, "--out", "run") == 2
+    assert "stands at step 6 and this run ends at 6, so nothing is left to train" in capsys.readouterr().err
+    assert not Path("run").exists()
+
+
+def test_a_branch_may_come_from_a_folder_of_any_name(
+    here: Path, finished_run: Path, recipe_file: Path, capsys: Captured
+) -> None:
+    shutil.copytree(finished_run / "checkpoints" / "step-000006", "good one")
+    command = ["train", str(recipe_file), "--from", "good one", "--num-steps", "9", "--out", "a run"]
+    assert run(*command, "--quiet") == 2
+    gradually = ways(capsys.readouterr().err)["go over gradually"]
+    assert gradually.endswith("--out 'a run' --from 'good one' --num-steps 9 --rewarm-steps 3")
+    assert run(*shlex.split(gradually)[1:], "--quiet") == 0
+    assert "next: tinygpt generate 'a run' -p 'The '" in capsys.readouterr().out
+    assert run(*command, "--quiet") == 0
+    assert "a run has checkpoints of its own and goes on from them" in capsys.readouterr().err
+
+
+def test_a_branch_from_before_the_decay_accepts_what_no_branch_undoes(
+    here: Path, recipe_file: Path, capsys: Captured
+) -> None:
+    assert run("train", str(recipe_file), "--save-every", "2", "--keep-last", "none", "--out", "run", "--quiet") == 0
+    capsys.readouterr()
+    assert run("resume", "run", "--num-steps", "9", "--batch-tokens", "64", "--quiet") == 2
+    branch = ways(capsys.readouterr().err)["branch from before the decay, where no rate jumps"]
+    assert " --batch-tokens 64 --accept schedule --from run/checkpoints/step-000004 " in branch
+    assert run(*shlex.split(branch)[1:], "--quiet") == 0
+
+
+def test_the_name_of_a_run_that_no_tracker_takes_is_refused_before_any_work(
+    here: Path, recipe_file: Path, capsys: Captured
+) -> None:
+    pytest.importorskip("tensorboard")
+    assert run("train", str(recipe_file), "--tracker", "tensorboard", "--out", "a run") == 2
+    assert capsys.readouterr().err.startswith("error: run='a run': the name of a run in a tracker")
+    assert not Path("a run").exists()
+
+
 @pytest.mark.parametrize("step", [3, 6])
 def test_a_stop_says_how_to_go_on_and_after_the_last_step_that_there_is_nothing_left(
     step: int, here: Path, recipe_file: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
@@ -189,7 +234,7 @@ def test_a_stop_says_how_to_go_on_and_after_the_last_step_that_there_is_nothing_
         assert last == "stopped after step 5: that was the last one, training is complete."
     else:
         saved = checkpoint(Path("run"), 3)
-        assert last == f"stopped after step 2: the state is saved in {saved}; to go on: tinygpt resume run."
+        assert last == f"stopped after step 2: the state is saved in {saved}; to go on: tinygpt resume run"
 
 
 def test_numbers_go_to_a_tracker_and_a_resume_goes_on_with_its_run(here: Path, recipe_file: Path) -> None:

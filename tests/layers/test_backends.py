@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -222,6 +223,83 @@ def test_what_compiles_itself_is_not_tried_by_a_trace(monkeypatch: pytest.Monkey
     assert reason.startswith("a small example failed")
 
 
+@pytest.mark.parametrize("short", [0, 1], ids=["queries", "keys"])
+def test_one_row_for_a_batch_is_repeated_and_nothing_is_read_past_its_end(short: int) -> None:
+    parts = qkv()
+    q, k, v = (x[:1] if (i > 0) == short else x for i, x in enumerate(parts))
+    whole = (x.expand(2, -1, -1, -1) for x in (q, k, v))
+    torch.testing.assert_close(causal_attention(q, k, v, window_tokens=30), plain(*whole, 30, 0.25))
+
+
+@pytest.mark.parametrize("part", [0, 1, 2])
+def test_parts_of_several_dtypes_are_refused_by_torch(part: int) -> None:
+    parts = [x.bfloat16() if i == part else x for i, x in enumerate(qkv())]
+    with pytest.raises(RuntimeError, match="Expected query, key, and value to have the same dtype"):
+        causal_attention(*parts, window_tokens=30)
+
+
+def test_derivatives_of_functions_are_right_or_refused_and_never_zero_unsaid() -> None:
+    q, k, v = (x.detach() for x in qkv())
+
+    def total(q: Tensor) -> Tensor:
+        return causal_attention(q, k, v, window_tokens=30).square().sum()
+
+    leaf = q.clone().requires_grad_()
+    torch.testing.assert_close(torch.func.grad(total)(q), torch.autograd.grad(total(leaf), leaf)[0])
+    for forward in (lambda: torch.func.jvp(total, (q,), (q,)), lambda: dual(total, q)):
+        with pytest.raises(NotImplementedError, match="forward AD"):
+            forward()
+
+
+def dual(function: Any, x: Tensor) -> Tensor:
+    with torch.autograd.forward_ad.dual_level():
+        return function(torch.autograd.forward_ad.make_dual(x, x))
+
+
+def test_a_compiled_layer_stays_one_graph_when_lengths_change() -> None:
+    layer = CausalSelfAttention(32, 2, rope=RotaryEmbedding(16, 256), window_tokens=50)
+    torch.nn.init.normal_(layer.o_proj.weight)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for seq in (200, 150, 201):
+        x = torch.randn(1, seq, 32)
+        torch.testing.assert_close(compiled(x), layer(x))
+
+
+def test_first_calls_of_many_threads_leave_the_filters_of_warnings_alone() -> None:
+    before = list(warnings.filters)
+    threads = [
+        threading.Thread(target=attention_backends, args=("cpu",), kwargs={"head_dim": width}) for width in range(1, 13)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert warnings.filters == before
+
+
+def test_a_thread_that_outlives_the_main_one_can_ask_first() -> None:
+    code = (
+        "import threading, time, torch\nfrom tinygpt.layers import causal_attention\ndef late():\n    time.sleep(0.5)\n"
+        "    print(causal_attention(*torch.randn(3, 1, 2, 200, 16), window_tokens=50).shape)\n"
+        "threading.Thread(target=late).start()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout.strip() == "torch.Size([1, 2, 200, 16])", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"device": "gpu"}, "device='gpu' is none that torch knows; choose cpu, cuda"),
+        ({"device": "cuda:99"}, r"device='cuda:99' is not there: torch sees \d+ CUDA devices"),
+        ({"device": "cpu", "head_dim": 0}, "head_dim=0 is not positive"),
+    ],
+)
+def test_a_report_on_what_is_not_there_is_refused(asked: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        attention_backends(**asked)
+
+
 def test_tensors_without_content_go_to_torch() -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -239,6 +317,7 @@ def test_varlen_is_called_as_torch_documents_it(
     def documented(q, k, v, q_starts, k_starts, max_q, max_k, *, scale, window_size):
         assert (max_q, max_k, window_size[1]) == (q_seq, 200, 0)
         assert q_starts.dtype == k_starts.dtype == torch.int32
+        assert q.stride(2) == k.stride(2) == v.stride(2) == 1
         rows = [
             plain(*(x[a:b].transpose(0, 1)[None] for x, a, b in ((q, *i), (k, *j), (v, *j))), left, scale)
             for left in [None if window_size[0] < 0 else window_size[0]]
@@ -250,6 +329,7 @@ def test_varlen_is_called_as_torch_documents_it(
 
     monkeypatch.setitem(_flash._found, "varlen", documented)
     q, k, v = qkv(q_seq=q_seq)
+    k = k.mT.contiguous().mT  # whose rows do not lie in one piece
     torch.testing.assert_close(_flash.varlen_attention(q, k, v, window, 0.3), plain(q, k, v, window, 0.3))
 
 

@@ -69,6 +69,19 @@ def test_other_precisions_stay_within_their_rounding(dtype: torch.dtype, toleran
         assert (a - b).abs().max() <= tolerance * b.abs().max()
 
 
+def test_gradients_of_keys_in_half_precision_are_not_rounded_at_each_block() -> None:
+    parts_of = [x.detach() for x in parts(1200, 1200, dtype=torch.bfloat16)]
+    errors = []
+    for backend in ("blocks", "sdpa"):
+        q, k, v = (x.clone().requires_grad_() for x in parts_of)
+        exact = [x.detach().double().requires_grad_() for x in parts_of]
+        with use_attention_backend(backend):
+            gradients = torch.autograd.grad(causal_attention(q, k, v, window_tokens=1000).sum(), (k, v))
+        right = torch.autograd.grad(by_definition(*exact, 1000, 8**-0.5).sum(), exact[1:])
+        errors.append([((a - b).norm() / b.norm()).item() for a, b in zip(gradients, right, strict=True)])
+    assert all(mine <= masked for mine, masked in zip(*errors, strict=True)), errors
+
+
 def test_a_window_is_computed_by_blocks_without_being_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     windows = []
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *_, **__: windows.append("masked"))
@@ -135,6 +148,13 @@ def test_autocast_reaches_blocks() -> None:
             masked = causal_attention(q, k, v.bfloat16(), window_tokens=50)
     assert y.dtype == masked.dtype == torch.bfloat16
     torch.testing.assert_close(y, masked, rtol=0, atol=0.02)
+
+
+def test_autocast_leaves_float64_alone() -> None:
+    q, k, v = parts(200, 200)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = causal_attention(q, k, v, window_tokens=50)
+    torch.testing.assert_close(y, by_definition(q, k, v, 50, 8**-0.5))
 
 
 def test_a_second_derivative_is_refused_and_not_zero() -> None:

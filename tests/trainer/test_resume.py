@@ -388,7 +388,7 @@ def test_the_line_of_a_stop_can_name_another_way_to_go_on(tmp_path: Path, capsys
         with pytest.raises(Interrupted), stopped_runs_go_on_by(words) if words else contextlib.nullcontext():
             make_trainer(tmp_path / folder).fit(lambda *_: signal.raise_signal(signal.SIGINT), progress=False)
         way = words or "run the same program with trainer.resume()"
-        assert capsys.readouterr().err.endswith(f"; to go on: {way}.\n")
+        assert capsys.readouterr().err.endswith(f"; to go on: {way}\n")
 
 
 def test_a_mistake_on_the_command_line_is_one_sentence(tmp_path: Path) -> None:

@@ -5,6 +5,8 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
+from tinygpt.cli._words import command
+
 if TYPE_CHECKING:
     from tinygpt.publish import PendingPush
 
@@ -67,7 +69,7 @@ def _push(options: argparse.Namespace, step: Any) -> None:
         if same:
             raise HubError(
                 f"{len(same)} older pushes to {options.repo} are queued and would come after this one: "
-                f"run `tinygpt push {options.source}` first."
+                f"run `{command('push', options.source)}` first."
             )
     total = sum(files.values())
     what = f"{model} to {options.repo}: {len(files)} files, {total / 1e6:,.1f} MB"

@@ -1,14 +1,14 @@
 """What `train`, `plan` and `resume` have in common: a recipe from a file or a depth, with values laid over it."""
 
 import argparse
-import json
+import logging
 import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinygpt.cli._parser import suggestion, unescaped
-from tinygpt.cli._words import ways_on
+from tinygpt.cli._words import command, ways_on
 
 if TYPE_CHECKING:
     from tinygpt.recipe import Recipe
@@ -51,7 +51,9 @@ def recipe_of(options: argparse.Namespace) -> "Recipe":
         raise ConfigError(f"give either a recipe file or --depth N, such as --depth 4{''.join(hints)}")
     if options.recipe is not None:
         if options.recipe.endswith((".txt", ".jsonl", ".parquet")):
-            raise ConfigError(f"{options.recipe} is text and no recipe; try --depth 4 --data.train {options.recipe}")
+            raise ConfigError(
+                f"{options.recipe} is text and no recipe; try --depth 4 --data.train {shlex.quote(options.recipe)}"
+            )
         return Recipe.load(options.recipe, overrides=overrides_of(options))
     asked = {name.replace("-", "_"): value for name, value in options.overrides.items()}
     device = asked.get("device", "auto")
@@ -65,9 +67,7 @@ def recipe_of(options: argparse.Namespace) -> "Recipe":
 
 def overrides_of(options: argparse.Namespace) -> dict[str, str]:
     """Return the values to lay over a recipe; shells have no newline, so a separator may be typed as an escape."""
-    given = {name: unescaped(value) if name == "data.separator" else value for name, value in options.overrides.items()}
-    trackers = getattr(options, "tracker", None)
-    return given if trackers is None else {**given, "trackers": json.dumps(trackers)}
+    return {name: unescaped(value) if name == "data.separator" else value for name, value in options.overrides.items()}
 
 
 def add_resume_options(parser: argparse.ArgumentParser) -> None:
@@ -93,18 +93,20 @@ def add_resume_options(parser: argparse.ArgumentParser) -> None:
 
 def train(recipe: "Recipe", out: Path, options: argparse.Namespace) -> None:
     """Check what is read, print the plan, and train, from the newest checkpoint on if there is one."""
-    from tinygpt.checkpoint import checkpoint_step, latest_checkpoint, list_checkpoints, verify
+    from tinygpt.checkpoint import latest_checkpoint, load_state
     from tinygpt.errors import CheckpointError
     from tinygpt.trainer import ResumeRefusedError, stopped_runs_go_on_by
 
     branch_from = getattr(options, "branch_from", None)
-    if branch_from is not None and not list_checkpoints(out / "checkpoints"):
-        verify(branch_from)  # before the folder of the branch is made
+    if branch_from is not None:
+        _check_branch(recipe, Path(branch_from), out)
+    if options.tracker:
+        recipe = recipe.replace(trackers=list(dict.fromkeys([*recipe.trackers, *options.tracker])))
     recipe.check(out)
     print(recipe.plan(), flush=True)
     run = recipe.build(out)
     try:
-        with stopped_runs_go_on_by(shlex.join(["tinygpt", "resume", str(out)])):
+        with stopped_runs_go_on_by(command("resume", str(out))):
             last = run.fit(
                 accept=options.accept,
                 rewarm_steps=options.rewarm_steps,
@@ -112,13 +114,34 @@ def train(recipe: "Recipe", out: Path, options: argparse.Namespace) -> None:
                 progress=not options.quiet,
             )
     except ResumeRefusedError as error:
-        left = recipe.total_steps - checkpoint_step(error.folder)
+        left = recipe.total_steps - int(load_state(error.folder, verified=True)["next_step"])
         raise CheckpointError(ways_on(error, out, options, steps_left=left)) from None
     if last is None:
         print(f"{out}: all {recipe.total_steps:,} steps are done")
     else:
         print(f"{out}: {last.index + 1:,} steps, loss {last.loss:.4f}, {last.tokens:,} tokens")
-    print(f"checkpoint {latest_checkpoint(out / 'checkpoints')}; next: tinygpt generate {out} -p 'The '")
+    print(f"checkpoint {latest_checkpoint(out / 'checkpoints')}; next: {command('generate', str(out), '-p', 'The ')}")
+
+
+def _check_branch(recipe: "Recipe", branch_from: Path, out: Path) -> None:
+    """Refuse a branch that could not begin, before its folder is made."""
+    from tinygpt.checkpoint import list_checkpoints, load_state
+    from tinygpt.errors import ConfigError
+
+    if branch_from.resolve().is_relative_to((out / "checkpoints").resolve()):
+        raise ConfigError(
+            f"{branch_from} is of the run {out} itself; give the branch a folder of its own by --out, or leave "
+            "out --from to go on with the run."
+        )
+    if list_checkpoints(out / "checkpoints"):
+        logging.getLogger("tinygpt").info("%s has checkpoints of its own and goes on from them, not by --from", out)
+        return
+    done = int(load_state(branch_from)["next_step"])
+    if done >= recipe.total_steps:
+        raise ConfigError(
+            f"{branch_from} stands at step {done:,} and this run ends at {recipe.total_steps:,}, so nothing is left to "
+            "train; give more by --num-steps, or an earlier checkpoint."
+        )
 
 
 def out_of_memory(run: Callable[[argparse.Namespace], None]) -> Callable[[argparse.Namespace], Any]:

@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from tinygpt.cli._parser import unescaped
+from tinygpt.cli._words import command
+from tinygpt.errors import CheckpointError
 
 if TYPE_CHECKING:
     from tinygpt.data import DocumentSource
@@ -31,12 +33,13 @@ def model_folder(source: str, *, revision: str | None = None) -> Path:
         HubError: If it is neither a folder nor a repository that can be read.
     """
     from tinygpt.checkpoint import latest_checkpoint, list_checkpoints
-    from tinygpt.errors import CheckpointError
 
     folder = Path(source).expanduser()
     if not (folder / "checkpoints").is_dir():
         if (folder / "recipe.json").exists():
-            raise CheckpointError(f"the run {folder} has no checkpoint yet; tinygpt resume {folder} trains it.")
+            raise CheckpointError(
+                f"the run {folder} has no checkpoint yet; {command('resume', str(folder))} trains it."
+            )
         if not folder.is_dir():
             return repository_folder(source, revision=revision)
         if not (folder / "config.json").exists():
@@ -44,12 +47,15 @@ def model_folder(source: str, *, revision: str | None = None) -> Path:
         return folder
     newest = latest_checkpoint(folder / "checkpoints")
     if newest is None and list_checkpoints(folder / "checkpoints"):
-        raise CheckpointError(
-            f"every checkpoint of the run {folder} is damaged; tinygpt train {folder} --out NEW repeats it."
-        )
+        again = command("train", str(folder), "--out", "NEW")
+        raise CheckpointError(f"every checkpoint of the run {folder} is damaged; {again} repeats it.")
     if newest is None:
-        raise CheckpointError(f"the run {folder} has no checkpoint yet; tinygpt resume {folder} trains it.")
+        raise _untrained(folder)
     return newest
+
+
+def _untrained(folder: Path) -> CheckpointError:
+    return CheckpointError(f"the run {folder} has no checkpoint yet; {command('resume', str(folder))} trains it.")
 
 
 def repository_folder(name: str, *, revision: str | None = None) -> Path:

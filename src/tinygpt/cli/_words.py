@@ -72,20 +72,20 @@ def ways_on(error: "ResumeRefusedError", out: Path, options: argparse.Namespace,
     topics = _topics(error.changes)
     ways = []
     if not branching and topics != ["data"] and (changed or same[0] == "train"):
-        ways.append(f"keep the settings of the checkpoint: {_command('resume', str(out))}")
+        ways.append(f"keep the settings of the checkpoint: {command('resume', str(out))}")
     if "data" in topics:
         ways.append("keep the data: put its files back as they were, or leave the change of them out")
-    if error.rates and steps_left > 0:
+    if "optimizer" not in topics:  # which nothing takes over
         rest = _accepting(_topics(change for change in error.changes if change not in error.rates))
-        ways.append(
-            f"go over gradually: {_command(*same, *changed, *rest, '--rewarm-steps', str(min(50, steps_left)))}"
-        )
-    if error.branch_from is not None:
-        branch = ["train", *recipe, *changed, "--from", str(error.branch_from), "--out", f"{out}-branch"]
-        ways.append(f"branch from before the decay, where no rate jumps: {_command(*branch)}")
-    if "optimizer" not in topics:
-        ways.append(f"accept it knowingly: {_command(*same, *changed, *_accepting(topics))}")
-    begin = _command("train", *recipe, *changed, "--out", f"{out}-new")
+        if error.rates and steps_left > 0:
+            ways.append(
+                f"go over gradually: {command(*same, *changed, *rest, '--rewarm-steps', str(min(50, steps_left)))}"
+            )
+        if error.branch_from is not None:
+            branch = ["train", *recipe, *changed, *rest, "--from", str(error.branch_from), "--out", f"{out}-branch"]
+            ways.append(f"branch from before the decay, where no rate jumps: {command(*branch)}")
+        ways.append(f"accept it knowingly: {command(*same, *changed, *_accepting(topics))}")
+    begin = command("train", *recipe, *changed, "--out", f"{out}-new")
     ways.append(f"begin another run: {begin}")
     found = str(error).partition("Ways to go on:")[0]
     return f"{found}Ways to go on:\n" + "\n".join(f"  - {way}" for way in ways)
@@ -99,5 +99,6 @@ def _accepting(topics: list[str]) -> list[str]:
     return [word for topic in topics for word in ("--accept", topic)]
 
 
-def _command(*words: str) -> str:
+def command(*words: str) -> str:
+    """Return a command as it is typed in a shell, whatever its words hold."""
     return shlex.join(["tinygpt", *words])

@@ -1,5 +1,7 @@
 """Causal attention over queries, keys and values."""
 
+import operator
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -68,8 +70,8 @@ def causal_attention(
     backend = _backend(q, k, v, window_tokens)
     if backend == "sdpa":
         return _sdpa(q, k, v, window_tokens, scale)
-    if torch.is_autocast_enabled(q.device.type):  # which reaches torch's own functions only
-        q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
+    dtype = _dtype(q)
+    q, k, v = (x.to(dtype) for x in (q, k, v))
     return _backends.KERNELS[backend].attend(q, k, v, window_tokens, q.shape[3] ** -0.5 if scale is None else scale)
 
 
@@ -79,20 +81,37 @@ def _backend(q: Tensor, k: Tensor, v: Tensor, window_tokens: int | None) -> str:
     # On a CPU blocks pay for windows, and for more than one of them: a single one is what is left to see anyway.
     if _backends.forced is None and q.device.type == "cpu" and (window_tokens is None or q_seq <= BLOCK_QUERIES):
         return "sdpa"
-    # Values of another width, and tensors without content (meta, fake) or of another kind, only torch's function knows.
+    # Values of another width, one row of keys for all queries, and tensors without content (meta, fake) or of another
+    # kind, only torch's function knows; a kernel that is called by its name reads past the end of what does not fit.
     if type(q) is not Tensor or q.is_meta or q.numel() == 0 or v.shape != k.shape:
         return "sdpa"
-    autocast = torch.is_autocast_enabled(q.device.type)
+    dtype = _dtype(q)
+    if (k.shape[0], k.shape[3]) != (q.shape[0], q.shape[3]) or dtype != _dtype(k) or dtype != _dtype(v):
+        return "sdpa"
+    # Derivatives along a direction, and functions of functions: an operator of ours would leave them out unsaid.
+    if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
+        return "sdpa"
     return _backends.choose(
         q.device,
-        torch.get_autocast_dtype(q.device.type) if autocast else q.dtype,
-        q.shape[3],
-        grouped=q.shape[1] != k.shape[1],
-        full=window_tokens is None and q_seq == seq,
-        long_training=q_seq == seq >= _LONG and torch.is_grad_enabled() and q.requires_grad,
+        dtype,
+        operator.index(q.shape[3]),
+        grouped=_plain(q.shape[1] != k.shape[1]),
+        full=_plain(window_tokens is None and q_seq == seq),
+        long_training=_plain(q_seq == seq >= _LONG and torch.is_grad_enabled() and q.requires_grad),
         traced=torch.compiler.is_compiling(),
         demanded=_backends.forced,
     )
+
+
+def _plain(condition: bool) -> bool:
+    """Return a condition about sizes as a constant, as `choose` needs it, also in a trace where sizes are symbols."""
+    return True if condition else False  # noqa: SIM210  (bool() would leave it a symbol)
+
+
+def _dtype(x: Tensor) -> torch.dtype:
+    """Return what a tensor is computed in: autocast reaches torch's own functions only, and leaves float64 alone."""
+    autocast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, window_tokens: int | None, scale: float | None) -> Tensor:

@@ -1,10 +1,10 @@
 """Which attention backend a call takes: an order of preference, and a small trial before one is trusted."""
 
 import functools
+import threading
 import warnings
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -71,6 +71,7 @@ _FOR_FULL_ATTENTION = ("flash4", "flash3")
 forced: str | None = None
 
 _verdicts: dict[tuple[str, torch.device, torch.dtype, int, bool], str] = {}
+_one_trial = threading.Lock()
 _warned = False
 
 
@@ -93,6 +94,9 @@ def attention_backends(
         head_dim: Width of a head.
         grouped: Whether query heads share key/value heads.
 
+    Raises:
+        ConfigError: If torch knows no such device or has none here, or `head_dim` is not positive.
+
     Example:
         >>> for backend in attention_backends("cpu"):
         ...     print(backend)
@@ -106,7 +110,14 @@ def attention_backends(
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(device)
+    if head_dim < 1:
+        raise ConfigError(f"head_dim={head_dim} is not positive; choose 1 or more.")
+    try:
+        device = torch.device(device)
+    except RuntimeError:
+        raise ConfigError(f"device={device!r} is none that torch knows; choose cpu, cuda, cuda:1 or mps.") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"device={str(device)!r} is not there: torch sees {torch.cuda.device_count()} CUDA devices.")
     if dtype is None:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     reasons = {name: _why_not(name, device, dtype, head_dim, grouped=grouped) for name in KERNELS}
@@ -220,8 +231,15 @@ def _trial(kernel: Kernel, device: torch.device, dtype: torch.dtype, head_dim: i
     In a thread of its own, where no mode, hook or autocast of the caller reaches: the first call of attention may come
     within activation checkpointing, inference mode or a trace.
     """
-    with ThreadPoolExecutor(1) as thread:
-        return thread.submit(_try, kernel, device, dtype, head_dim, grouped).result()
+    reasons: list[str] = []
+    # Not a pool, which takes no work any more once the main thread has come to its end.
+    thread = threading.Thread(target=lambda: reasons.append(_try(kernel, device, dtype, head_dim, grouped)))
+    # One at a time, as warnings are kept quiet for the whole process. What compiles cannot wait its turn: a trace that
+    # asks in another thread may hold the lock of the compiler.
+    with nullcontext() if kernel.compiles else _one_trial:
+        thread.start()
+        thread.join()
+    return reasons[0]
 
 
 def _try(kernel: Kernel, device: torch.device, dtype: torch.dtype, head_dim: int, grouped: bool) -> str:

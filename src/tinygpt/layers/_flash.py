@@ -25,6 +25,7 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, window_tokens: int | None,
         return torch.arange(0, (batch + 1) * length, length, device=q.device, dtype=torch.int32)
 
     def joined(x: Tensor) -> Tensor:  # no copy where the heads of a position lie side by side
+        x = x if x.stride(3) == 1 else x.contiguous()  # which torch's kernel asks for, and the packages see to
         return x.transpose(1, 2).reshape(-1, x.shape[1], head_dim)
 
     q_starts = starts(q_seq)

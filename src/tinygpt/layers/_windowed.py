@@ -80,8 +80,8 @@ def _backward(
     kernel = getattr(torch.ops.aten, _BACKWARD)
     grad, q, k, v = _rows(grad, q, k, v)
     q_grad, k_grad, v_grad = _gradient_shapes(grad, q, k, v, y, log_sums, window_tokens, scale)
-    k_grad.zero_()
-    v_grad.zero_()
+    # A key is seen by many blocks: in half precision their sum would be rounded at each.
+    k_sum, v_sum = k_grad.to(log_sums.dtype).zero_(), v_grad.to(log_sums.dtype).zero_()
     for queries, keys, mask in _blocks(q, k, window_tokens):
         q_grad[:, :, queries], k_part, v_part = kernel(
             grad[:, :, queries],
@@ -95,10 +95,10 @@ def _backward(
             attn_mask=mask,
             scale=scale,
         )
-        k_grad[:, :, keys] += k_part
-        v_grad[:, :, keys] += v_part
+        k_sum[:, :, keys] += k_part
+        v_sum[:, :, keys] += v_part
         del k_part, v_part  # else they would still be there while the next block makes its own
-    return q_grad, k_grad, v_grad
+    return q_grad, k_sum.to(k.dtype), v_sum.to(v.dtype)
 
 
 def _shapes(q: Tensor, k: Tensor, v: Tensor, window_tokens: int, scale: float) -> tuple[Tensor, Tensor]:

@@ -159,7 +159,7 @@ def build_run(recipe: "Recipe", out_dir: Path) -> RecipeRun:
 def check_inputs(recipe: "Recipe", out_dir: Path) -> None:
     """Look for what a recipe needs; see `Recipe.check`."""
     for name in recipe.trackers:
-        check_tracker(name)
+        check_tracker(name, out_dir.resolve().name)
     data = recipe.data
     source, held_out = open_training(data)
     for phase in recipe.phases:

@@ -103,10 +103,11 @@ def _in_main_thread() -> bool:
 def report_stop(trainer: "Trainer", last_saved: Path | None) -> None:
     """Say on standard error that the run was stopped, and how to go on."""
     if trainer.next_step == trainer.config.num_steps:
-        text = "that was the last one, training is complete"
+        text = "that was the last one, training is complete."
     elif trainer.config.out_dir is None:
-        text = "nothing was saved, since the TrainerConfig has no out_dir"
+        text = "nothing was saved, since the TrainerConfig has no out_dir."
     else:
+        # No full stop, which would be copied with a command.
         text = f"the state is saved in {last_saved}; to go on: {_way_on.get()}"
-    sys.stderr.write(f"\nstopped after step {trainer.next_step - 1}: {text}.\n")
+    sys.stderr.write(f"\nstopped after step {trainer.next_step - 1}: {text}\n")
     sys.stderr.flush()
