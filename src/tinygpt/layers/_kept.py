@@ -12,9 +12,7 @@ def takes_own_backward() -> bool:
     # Private, so asked for: torch refuses such a function inside of torch.func by itself.
     transforms = getattr(torch._C, "_are_functorch_transforms_active", None)
     return (
-        torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and not (transforms is not None and transforms())
+        torch.is_grad_enabled() and not torch.compiler.is_compiling() and not (transforms is not None and transforms())
     )
 
 

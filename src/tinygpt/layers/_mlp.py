@@ -14,8 +14,8 @@ from tinygpt.layers._linear import Linear, uniform_with_std_
 class ReluSquaredMLP(nn.Module):
     """Feed-forward layer `down(relu(up(x)) ** 2)`.
 
-    The up projection starts at 0.4 of the usual spread and the down projection at zero, as in nanochat. For the backward
-    pass `relu(up(x))` alone is kept, and squared again there.
+    The up projection starts at 0.4 of the usual spread and the down projection at zero, as in nanochat. For the
+    backward pass `relu(up(x))` alone is kept, and squared again there.
 
     Args:
         dim: Width of the residual stream.
@@ -42,7 +42,10 @@ class ReluSquaredMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Apply to every position: `(batch, seq, dim)` -> same shape and dtype."""
         hidden = self.up_proj(x)
-        if not (hidden.requires_grad and takes_own_backward()):
+        if not hidden.requires_grad:
+            hidden = F.relu(hidden)  # ours from here on
+            return self.down_proj(hidden.square() if torch.compiler.is_compiling() else hidden.square_())
+        if not takes_own_backward():
             return self.down_proj(F.relu(hidden).square())
         relu, square = _ReluAndSquare.apply(hidden)  # type: ignore[no-untyped-call]
         del hidden

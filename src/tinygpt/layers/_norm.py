@@ -79,9 +79,7 @@ class _RMSNorm(torch.autograd.Function):
         if y.is_cuda and grad is not None and grad_factor is None and not torch.is_grad_enabled():
             # The kernel of the plain norm, for an input that is normalized already; it sums in float32.
             ones = torch.ones_like(factor)
-            dx: Tensor = torch.ops.aten._fused_rms_norm_backward(
-                grad, y, [y.shape[-1]], ones, None, [True, False]
-            )[0]
+            dx: Tensor = torch.ops.aten._fused_rms_norm_backward(grad, y, [y.shape[-1]], ones, None, [True, False])[0]
             return dx.mul_(factor), None
         wide = factor.dtype
         result = torch.zeros_like(y, dtype=wide)

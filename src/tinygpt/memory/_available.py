@@ -20,8 +20,8 @@ _CGROUPS = (
 def available_memory(device: torch.device | str) -> int:
     """Return the bytes on a device that this process can still take, what it keeps unused included.
 
-    On a GPU what is free there, less a reserve of 5 % for fragmentation. On a CPU what Linux calls available, or what the
-    limit of the control group leaves of it, whichever is less; elsewhere half of the machine's memory.
+    On a GPU what is free there, less a reserve of 5 % for fragmentation. On a CPU what Linux calls available, or what
+    the limit of the control group leaves, whichever is less; elsewhere half of the machine's memory.
 
     Raises:
         ConfigError: If nobody tells.

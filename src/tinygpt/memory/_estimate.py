@@ -11,18 +11,19 @@ from torch.optim import Optimizer
 
 from tinygpt.data import Batch
 from tinygpt.errors import ConfigError
+from tinygpt.layers import LMHead
 from tinygpt.memory._kernels import KernelsOf
 from tinygpt.memory._ledger import Ledger
 
 # What allocators round sizes up to: torch's on a GPU to 512 bytes, on a CPU to a cache line.
 _BLOCK = {"cpu": 64}
 _GPU_BLOCK = 512
-# Measured on Linux (docs, "Fit a 12 GB card"): what threads and the libraries of products take at their first use, and
-# what glibc keeps back of freed memory, as a share of the activations that come in blocks below 32 MiB, for which it
-# does not ask the system each time.
-_CPU_LIBRARIES = 90 * 2**20
-_CPU_KEPT_BACK = 0.5
-_CPU_LARGE = 32 * 2**20
+# Measured on Linux over twelve models: what threads and the libraries of products take at their first use, and what
+# glibc keeps back of freed memory, as a share of all that a micro-batch allocates in sizes for which glibc does not ask
+# the system each time. With these two the peaks were off by 9 % at most; benchmarks/memory.py measures others.
+_CPU_LIBRARIES = 100 * 2**20
+_CPU_KEPT_BACK = 0.105
+_CPU_KEPT_SIZES = 128 * 2**10, 32 * 2**20
 
 LossOf = Callable[[nn.Module, Batch], Any]
 """A loss as the trainer takes it: returns something whose first item is the sum."""
@@ -59,7 +60,7 @@ class TrainingMemory:
 
     @property
     def total(self) -> int:
-        """All together: on a GPU what `torch.cuda.max_memory_allocated` says, on a CPU resident memory on top of Python."""
+        """All of them: what `torch.cuda.max_memory_allocated` says, and on a CPU resident memory on top of Python."""
         return sum(self.parts.values())
 
 
@@ -129,6 +130,9 @@ class MeasuredStep:
         own = next(model.parameters()).device.type
         self.device_type = device_type or ("cuda" if own == "meta" else own)
         self.model, self._optimizer = _on_meta(model, optimizer)
+        head = getattr(self.model, "head", None)
+        if isinstance(head, LMHead):  # which would take that of a GPU on the meta device
+            head.chunk_tokens = head.chunk_size(torch.device(self.device_type))
         self._loss_fn = loss_fn or _own_loss
         self._tensors = [*self.model.parameters(), *self.model.buffers()]
         self._trained = [p for group in self._optimizer.param_groups for p in group["params"] if p.requires_grad]
@@ -165,7 +169,6 @@ class MeasuredStep:
         temporaries = peak - activations - (0 if accumulate else there)
         if peak + (self.gradients if accumulate else 0) < self.gradients + self._optimizer_work:
             name, there, activations, temporaries = "optimizer", self.gradients, 0, self._optimizer_work
-            alive = {}
         for parameter in self.model.parameters():
             parameter.grad = None
         return TrainingMemory(
@@ -174,14 +177,14 @@ class MeasuredStep:
             static - self.weights,
             activations,
             temporaries,
-            self._overhead([size for number, size in alive.items() if number in kept]),
+            self._overhead(ledger),
             name,
         )
 
-    def _overhead(self, activations: list[int]) -> int:
+    def _overhead(self, ledger: Ledger) -> int:
         if self.device_type != "cpu":
             return 0
-        return _CPU_LIBRARIES + int(_CPU_KEPT_BACK * sum(size for size in activations if size < _CPU_LARGE))
+        return _CPU_LIBRARIES + int(_CPU_KEPT_BACK * ledger.allocated(*_CPU_KEPT_SIZES))
 
     def _measured_update(self) -> tuple[int, int]:
         """Return the bytes of the optimizer's state, and of what an update takes for a moment."""
@@ -201,7 +204,7 @@ class MeasuredStep:
 
 
 def _backward(loss: Tensor) -> None:
-    """Do what `loss.backward()` does, which leaves function modes outside; blocks that are recomputed need `KernelsOf`."""
+    """Do what `loss.backward()` does, which would leave `KernelsOf` outside: recomputed blocks need it as well."""
     engine = torch.autograd.Variable._execution_engine
     engine.run_backward(
         (loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True

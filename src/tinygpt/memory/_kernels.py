@@ -27,12 +27,14 @@ class KernelsOf(TorchFunctionMode):
             return self._norm(*args, **kwargs)
         return func(*args, **kwargs)
 
-    def _attention(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
+    def _attention(
+        self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, *_: Any, **__: Any
+    ) -> Tensor:
         """Return attention that keeps what every fused kernel of torch keeps.
 
         Queries, keys, values, the result, and a float32 number a head and query: Dao et al.,
-        [FlashAttention](https://arxiv.org/abs/2205.14135), 2022. A mask is kept as well, in the dtype of the queries. On
-        a GPU the backward pass adds up the gradient of the queries in float32.
+        [FlashAttention](https://arxiv.org/abs/2205.14135), 2022. A mask is kept as well, in the dtype of the queries.
+        On a GPU the backward pass adds up the gradient of the queries in float32.
         """
         mask = None if attn_mask is None else q.new_empty(attn_mask.shape)
         out: Tensor = _FusedAttention.apply(q, k, v, mask, self._fused)  # type: ignore[no-untyped-call]

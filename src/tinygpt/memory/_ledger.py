@@ -1,4 +1,4 @@
-"""Counting what a computation on the meta device would allocate, allocation by allocation."""
+"""Counting what a computation allocates, allocation by allocation."""
 
 import weakref
 from collections.abc import Iterable
@@ -10,20 +10,22 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
-class Ledger(TorchDispatchMode):
-    """Books every storage that operations inside of it allocate on the meta device, and when it is freed.
+class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Books every storage that operations inside of it allocate on a device, and when it is freed.
 
-    Tensors on the meta device have shapes and no numbers: kernels do nothing, but what autograd keeps lives exactly as
-    long as it would elsewhere.
+    Made for the meta device, where tensors have shapes and no numbers: kernels do nothing, but what autograd keeps
+    lives exactly as long as it would elsewhere.
 
     Args:
         known: Tensors whose storages are there before and not booked.
         block: Sizes are rounded up to multiples of this, as allocators do.
+        device_type: Of the tensors to book.
     """
 
-    def __init__(self, known: Iterable[Tensor], *, block: int) -> None:
-        super().__init__()
+    def __init__(self, known: Iterable[Tensor], *, block: int, device_type: str = "meta") -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
         self._block = block
+        self._device_type = device_type
         self._known = {tensor.untyped_storage()._cdata for tensor in known}
         self._numbers: dict[int, int] = {}
         self._sizes: dict[int, int] = {}  # of what is alive
@@ -32,7 +34,7 @@ class Ledger(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for value in tree_leaves(out):
-            if isinstance(value, Tensor) and value.device.type == "meta":
+            if isinstance(value, Tensor) and value.device.type == self._device_type:
                 self._book(value.untyped_storage())
         return out
 
@@ -58,6 +60,10 @@ class Ledger(TorchDispatchMode):
         """Return the numbers of those of the tensors that were booked."""
         keys = (tensor.untyped_storage()._cdata for tensor in tensors)
         return {self._numbers[key] for key in keys if key in self._numbers}
+
+    def allocated(self, least: int, most: int) -> int:
+        """Return the sum of everything that was ever allocated in sizes from `least` up to, not including, `most`."""
+        return sum(size for _, size in self._entries if least <= size < most)
 
     def mark(self) -> int:
         """Return the present place in the book, for `highest`."""

@@ -1,20 +1,16 @@
 """Choosing rows, chunk and checkpointing for the memory there is."""
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, get_args
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from tinygpt.errors import ConfigError
-from tinygpt.layers import LMHead
+from tinygpt.layers import Block, LMHead
 from tinygpt.memory._estimate import LossOf, MeasuredStep, TrainingMemory
 from tinygpt.model import GPT, ActivationCheckpointing
-
-# Cheapest first: "mlp" repeats one product in nine of a block's, "block" its whole forward pass.
-_CHECKPOINTING: tuple[ActivationCheckpointing, ...] = ("none", "mlp", "block")
-# Tokens of a chunk that the planner tries. Smaller ones add up the head's gradient so often that it shows.
-_SMALLEST_CHUNK, _LARGEST_CHUNK = 256, 1024
 
 
 @dataclass(frozen=True)
@@ -62,8 +58,8 @@ class MemoryPlan:
         fixed = sum(parts[name] for name in ("weights", "gradients", "optimizer", "overhead"))
         if fixed > self.budget_bytes:
             return (
-                f"Weights, gradients and optimizer alone take {fixed / 2**20:,.0f} MiB: take a smaller model, or bfloat16 "
-                "for the token tables."
+                f"Weights, gradients and optimizer alone take {fixed / 2**20:,.0f} MiB: take a smaller model, or "
+                "bfloat16 for the token tables."
             )
         return "Take shorter rows, a smaller vocabulary or a smaller model."
 
@@ -82,8 +78,8 @@ def plan_memory(
 ) -> MemoryPlan:
     """Choose the fastest way to train in a budget of bytes.
 
-    What costs least speed is given up first: chunks of the loss shrink down to 256 tokens, then rows are halved, and only
-    then is something computed again in the backward pass: the feed-forward layers' hidden layer, then whole blocks.
+    What costs least speed is given up first. Chunks of the loss shrink to a quarter; then rows are halved; only then is
+    something computed again in the backward pass, the feed-forward layers' hidden layer and at last whole blocks.
 
     Args:
         model: On any device; it is not changed.
@@ -116,13 +112,13 @@ def plan_memory(
     if budget_bytes < 1:
         raise ConfigError(f"budget_bytes={budget_bytes} is no memory to train in.")
     step = MeasuredStep(model, optimizer, device_type=device_type, loss_fn=loss_fn)
-    own = getattr(step.model, "activation_checkpointing", "none")
-    modes: tuple[ActivationCheckpointing, ...] = _modes(step.model) if choose_settings else (own,)
+    modes = _modes(step.model, choose_settings)
+    chunks = _chunks(model, step.device_type, choose_settings)
     leanest: MemoryPlan | None = None
     for mode in modes:
         for fewer in _halved(rows):
             plan = None
-            for chunk in _chunks(step.model, choose_settings):
+            for chunk in chunks:
                 if isinstance(step.model, GPT):
                     step.model.set_activation_checkpointing(mode)
                     if isinstance(step.model.head, LMHead):
@@ -138,31 +134,30 @@ def plan_memory(
     return leanest
 
 
-def _modes(model: nn.Module) -> tuple[ActivationCheckpointing, ...]:
+def _modes(model: nn.Module, may_choose: bool) -> tuple[ActivationCheckpointing, ...]:
     if not isinstance(model, GPT):
         return ("none",)
-    modes = []
-    for mode in _CHECKPOINTING:
-        try:
-            model.set_activation_checkpointing(mode)
-        except ConfigError:  # "mlp", of blocks that are not ours
-            continue
-        modes.append(mode)
-    return tuple(modes)
+    if not may_choose:
+        return (model.activation_checkpointing,)
+    return tuple(mode for mode in get_args(ActivationCheckpointing) if mode != "mlp" or _all_ours(model))
+
+
+def _all_ours(model: GPT) -> bool:
+    return all(isinstance(block, Block) for block in model.blocks)
 
 
 def _halved(rows: int) -> list[int]:
     found = [rows]
     while found[-1] > 1:
-        found.append(-(-found[-1] // 2))
+        found.append(found[-1] // 2)
     return found
 
 
-def _chunks(model: nn.Module, may_choose: bool) -> list[int | None]:
-    """Return the sizes of a chunk to try, the fastest first."""
+def _chunks(model: nn.Module, device_type: str, may_choose: bool) -> list[int | None]:
+    """Return the tokens of a chunk to try, the fastest first; smaller ones add up the head's gradient too often."""
     head = getattr(model, "head", None)
     if not isinstance(head, LMHead):
         return [None]
-    if head.chunk_tokens is not None or not may_choose:
-        return [head.chunk_tokens]
-    return [1024, 512, 256]
+    first = head.chunk_size(torch.device(device_type))
+    may_choose = may_choose and head.chunk_tokens is None
+    return [first, first // 2, first // 4] if may_choose and first >= 1024 else [first]

@@ -12,8 +12,8 @@ from tinygpt.model._gpt import GPT as GPT
 from tinygpt.model._parts import PartFactory as PartFactory
 
 __all__ = [
-    "ActivationCheckpointing",
     "GPT",
+    "ActivationCheckpointing",
     "GPTConfig",
     "ParameterCounts",
     "PartFactory",

@@ -9,7 +9,7 @@ from tinygpt.errors import ConfigError
 from tinygpt.layers import Block
 
 ActivationCheckpointing = Literal["none", "mlp", "block"]
-"""What `GPT.set_activation_checkpointing` takes."""
+"""What `GPT.set_activation_checkpointing` takes; what costs less speed comes first."""
 
 
 def let_mlps_recompute(blocks: Iterable[nn.Module], what: ActivationCheckpointing) -> None:

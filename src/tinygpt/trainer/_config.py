@@ -6,6 +6,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from tinygpt.config import Config
+from tinygpt.model import ActivationCheckpointing
 
 Positive = Annotated[int, Field(ge=1)]
 
@@ -30,6 +31,11 @@ class TrainerConfig(Config):
         keep_best: Keep as many with the lowest `bpb` as well, of those that `trainer.record("evaluation", bpb=...,
             data_hash=...)` was called for at their step. Only scores on the data measured last are compared.
         compile: Compile each block with `torch.compile` at its first use.
+        micro_batch_rows: Rows of the loader's batch that are computed at a time; the sum over them is the same up to
+            rounding, and what the loader does does not change. `"auto"` takes what `tinygpt.memory` plans for the
+            memory that is free, and halves it when memory runs out nevertheless. `None` for all.
+        activation_checkpointing: What the backward pass computes again instead of keeping it, see
+            `GPT.set_activation_checkpointing`; `None` leaves it as the model has it.
 
     Raises:
         ConfigError: If a field is out of range.
@@ -46,6 +52,8 @@ class TrainerConfig(Config):
     keep_every: Positive | None = None
     keep_best: Positive | None = None
     compile: bool = False
+    micro_batch_rows: Positive | Literal["auto"] | None = None
+    activation_checkpointing: ActivationCheckpointing | None = None
 
     @model_validator(mode="after")
     def _something_goes(self) -> Self:

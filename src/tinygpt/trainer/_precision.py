@@ -1,4 +1,4 @@
-"""Which dtype a model computes in."""
+"""How a model computes: its dtype, what it computes again, what is compiled."""
 
 import warnings
 
@@ -6,6 +6,28 @@ import torch
 from torch import nn
 
 from tinygpt.errors import ConfigError
+from tinygpt.trainer._config import TrainerConfig
+
+
+def prepare_model(model: nn.Module, config: TrainerConfig, device: torch.device) -> torch.dtype:
+    """Make a model compute as the settings say, and return its dtype.
+
+    Raises:
+        ConfigError: If it cannot.
+    """
+    dtype = set_precision(model, config.precision, device)
+    if config.activation_checkpointing is not None:
+        setter = getattr(model, "set_activation_checkpointing", None)
+        if setter is None:
+            raise ConfigError(
+                f"activation_checkpointing={config.activation_checkpointing!r} needs a model with "
+                "set_activation_checkpointing(), as GPT has; in another model use torch.utils.checkpoint."
+            )
+        setter(config.activation_checkpointing)
+    if config.compile:
+        for block in getattr(model, "blocks", [model]):
+            block.compile(dynamic=False)
+    return dtype
 
 
 def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
