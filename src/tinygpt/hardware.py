@@ -1,86 +1,89 @@
-"""Peak arithmetic and memory speed of common devices, by the name the driver gives them.
+"""Peak arithmetic, memory and its speed of common devices, by the name the driver gives them.
 
 Dense rates without sparsity, at the vendor's boost clock. On GeForce cards the 16-bit tensor cores run at half rate
-when they accumulate in float32, which is what torch does, so the rate here is twice the float32 shader rate. A
-device that is not listed gives None: a wrong peak is worse than none.
+when they accumulate in float32, which is what torch does, so the rate here is twice the float32 shader rate. Memory
+is from the same pages as the rates; where one name stands for two sizes it is the smaller. A device that is not listed
+gives None: a wrong peak is worse than none.
 """
 
+import difflib
 import re
 from typing import NamedTuple
 
 from tinygpt.errors import ConfigError
 
-__all__ = ["memory_bandwidth", "peak_flops"]
+__all__ = ["memory_bandwidth", "memory_bytes", "peak_flops", "similar_names"]
 
 
 class _Device(NamedTuple):
-    """TFLOP/s in bfloat16, float16 and float32 (outside tensor cores), and GB/s; None where unknown or unsupported."""
+    """TFLOP/s in bfloat16, float16 and float32 (outside tensor cores), GB/s, GiB; None where unknown or unsupported."""
 
     bfloat16: float | None
     float16: float | None
     float32: float | None
     bandwidth: float | None
+    memory: int
 
 
-def _geforce(cores: int, boost_mhz: int, bandwidth: float) -> _Device:
+def _geforce(cores: int, boost_mhz: int, bandwidth: float, memory: int) -> _Device:
     """Derive the rates of an Ampere, Ada or Blackwell GeForce card from its number of shader cores and clock."""
     float32 = 2 * cores * boost_mhz * 1e-6
-    return _Device(2 * float32, 2 * float32, float32, bandwidth)
+    return _Device(2 * float32, 2 * float32, float32, bandwidth, memory)
 
 
 _DEVICES = {
     # NVIDIA Ampere GA102 whitepaper and GeForce RTX 30 product pages. The 3060 is the 12 GB card, the 3060 Ti the
     # GDDR6 one, the 3080 the 10 GB one; their variants have the same name and differ by a few per cent in arithmetic.
-    "RTX 3060": _geforce(3584, 1777, 360.0),
-    "RTX 3060 Ti": _geforce(4864, 1665, 448.0),
-    "RTX 3070": _geforce(5888, 1725, 448.0),
-    "RTX 3070 Ti": _geforce(6144, 1770, 608.3),
-    "RTX 3080": _geforce(8704, 1710, 760.3),
-    "RTX 3080 Ti": _geforce(10240, 1665, 912.4),
-    "RTX 3090": _geforce(10496, 1695, 936.2),
-    "RTX 3090 Ti": _geforce(10752, 1860, 1008.0),
+    "RTX 3060": _geforce(3584, 1777, 360.0, 12),
+    "RTX 3060 Ti": _geforce(4864, 1665, 448.0, 8),
+    "RTX 3070": _geforce(5888, 1725, 448.0, 8),
+    "RTX 3070 Ti": _geforce(6144, 1770, 608.3, 8),
+    "RTX 3080": _geforce(8704, 1710, 760.3, 10),
+    "RTX 3080 Ti": _geforce(10240, 1665, 912.4, 12),
+    "RTX 3090": _geforce(10496, 1695, 936.2, 24),
+    "RTX 3090 Ti": _geforce(10752, 1860, 1008.0, 24),
     # NVIDIA Ada GPU architecture whitepaper and GeForce RTX 40 product pages.
-    "RTX 4060": _geforce(3072, 2460, 272.0),
-    "RTX 4060 Ti": _geforce(4352, 2535, 288.0),
-    "RTX 4070": _geforce(5888, 2475, 504.0),
-    "RTX 4070 SUPER": _geforce(7168, 2475, 504.0),
-    "RTX 4070 Ti": _geforce(7680, 2610, 504.0),
-    "RTX 4070 Ti SUPER": _geforce(8448, 2610, 672.0),
-    "RTX 4080": _geforce(9728, 2505, 716.8),
-    "RTX 4080 SUPER": _geforce(10240, 2550, 736.0),
-    "RTX 4090": _geforce(16384, 2520, 1008.0),
+    "RTX 4060": _geforce(3072, 2460, 272.0, 8),
+    "RTX 4060 Ti": _geforce(4352, 2535, 288.0, 8),
+    "RTX 4070": _geforce(5888, 2475, 504.0, 12),
+    "RTX 4070 SUPER": _geforce(7168, 2475, 504.0, 12),
+    "RTX 4070 Ti": _geforce(7680, 2610, 504.0, 12),
+    "RTX 4070 Ti SUPER": _geforce(8448, 2610, 672.0, 16),
+    "RTX 4080": _geforce(9728, 2505, 716.8, 16),
+    "RTX 4080 SUPER": _geforce(10240, 2550, 736.0, 16),
+    "RTX 4090": _geforce(16384, 2520, 1008.0, 24),
     # NVIDIA RTX Blackwell GPU architecture whitepaper and GeForce RTX 50 product pages.
-    "RTX 5070": _geforce(6144, 2512, 672.0),
-    "RTX 5070 Ti": _geforce(8960, 2452, 896.0),
-    "RTX 5080": _geforce(10752, 2617, 960.0),
-    "RTX 5090": _geforce(21760, 2407, 1792.0),
+    "RTX 5070": _geforce(6144, 2512, 672.0, 12),
+    "RTX 5070 Ti": _geforce(8960, 2452, 896.0, 16),
+    "RTX 5080": _geforce(10752, 2617, 960.0, 16),
+    "RTX 5090": _geforce(21760, 2407, 1792.0, 32),
     # NVIDIA RTX A6000 datasheet; NVIDIA RTX 6000 Ada Generation datasheet.
-    "RTX A6000": _Device(154.8, 154.8, 38.7, 768.0),
-    "RTX 6000 Ada Generation": _Device(364.2, 364.2, 91.1, 960.0),
+    "RTX A6000": _Device(154.8, 154.8, 38.7, 768.0, 48),
+    "RTX 6000 Ada Generation": _Device(364.2, 364.2, 91.1, 960.0, 48),
     # NVIDIA A100 datasheet.
-    "A100-SXM4-40GB": _Device(312.0, 312.0, 19.5, 1555.0),
-    "A100-PCIE-40GB": _Device(312.0, 312.0, 19.5, 1555.0),
-    "A100-SXM4-80GB": _Device(312.0, 312.0, 19.5, 2039.0),
-    "A100 80GB PCIe": _Device(312.0, 312.0, 19.5, 1935.0),
+    "A100-SXM4-40GB": _Device(312.0, 312.0, 19.5, 1555.0, 40),
+    "A100-PCIE-40GB": _Device(312.0, 312.0, 19.5, 1555.0, 40),
+    "A100-SXM4-80GB": _Device(312.0, 312.0, 19.5, 2039.0, 80),
+    "A100 80GB PCIe": _Device(312.0, 312.0, 19.5, 1935.0, 80),
     # NVIDIA H100 and H200 datasheets, which list rates with sparsity: halved. The 80 GB HBM3 name is the SXM5 board.
-    "H100 80GB HBM3": _Device(989.4, 989.4, 66.9, 3350.0),
-    "H100 PCIe": _Device(756.5, 756.5, 51.2, 2000.0),
-    "H100 NVL": _Device(835.5, 835.5, 60.0, 3900.0),
-    "H200": _Device(989.4, 989.4, 66.9, 4800.0),
+    "H100 80GB HBM3": _Device(989.4, 989.4, 66.9, 3350.0, 80),
+    "H100 PCIe": _Device(756.5, 756.5, 51.2, 2000.0, 80),
+    "H100 NVL": _Device(835.5, 835.5, 60.0, 3900.0, 94),
+    "H200": _Device(989.4, 989.4, 66.9, 4800.0, 141),
     # NVIDIA L4, L40S, A10, A30 and A40 datasheets.
-    "L4": _Device(121.0, 121.0, 30.3, 300.0),
-    "L40S": _Device(362.05, 362.05, 91.6, 864.0),
-    "A10": _Device(125.0, 125.0, 31.2, 600.0),
-    "A30": _Device(165.0, 165.0, 10.3, 933.0),
-    "A40": _Device(149.7, 149.7, 37.4, 696.0),
+    "L4": _Device(121.0, 121.0, 30.3, 300.0, 24),
+    "L40S": _Device(362.05, 362.05, 91.6, 864.0, 48),
+    "A10": _Device(125.0, 125.0, 31.2, 600.0, 24),
+    "A30": _Device(165.0, 165.0, 10.3, 933.0, 24),
+    "A40": _Device(149.7, 149.7, 37.4, 696.0, 48),
     # NVIDIA T4 and V100 datasheets: no bfloat16 units. Sources for the T4's memory differ (300, 320).
-    "T4": _Device(None, 65.0, 8.1, None),
-    "V100-SXM2-16GB": _Device(None, 125.0, 15.7, 900.0),
-    "V100-SXM2-32GB": _Device(None, 125.0, 15.7, 900.0),
-    "V100-PCIE-16GB": _Device(None, 112.0, 14.0, 900.0),
-    "V100-PCIE-32GB": _Device(None, 112.0, 14.0, 900.0),
+    "T4": _Device(None, 65.0, 8.1, None, 16),
+    "V100-SXM2-16GB": _Device(None, 125.0, 15.7, 900.0, 16),
+    "V100-SXM2-32GB": _Device(None, 125.0, 15.7, 900.0, 32),
+    "V100-PCIE-16GB": _Device(None, 112.0, 14.0, 900.0, 16),
+    "V100-PCIE-32GB": _Device(None, 112.0, 14.0, 900.0, 32),
     # AMD Instinct MI300X datasheet.
-    "MI300X": _Device(1307.4, 1307.4, 163.4, 5300.0),
+    "MI300X": _Device(1307.4, 1307.4, 163.4, 5300.0, 192),
 }
 
 _DTYPES = ("bfloat16", "float16", "float32")
@@ -129,3 +132,22 @@ def memory_bandwidth(device_name: str) -> float | None:
     """
     device = _BY_KEY.get(_key(device_name))
     return device.bandwidth * 1e9 if device and device.bandwidth is not None else None
+
+
+def memory_bytes(device_name: str) -> int | None:
+    """Return the memory of a device in bytes, or None if it is unknown.
+
+    Of it the driver, a desktop and the CUDA context take some hundred MiB, and error correction up to 6 %.
+
+    Args:
+        device_name: As for `peak_flops`.
+    """
+    device = _BY_KEY.get(_key(device_name))
+    return device.memory * 2**30 if device else None
+
+
+def similar_names(device_name: str) -> list[str]:
+    """Return up to four names that the table knows and that look like this one, the nearest first."""
+    near = difflib.get_close_matches(_key(device_name), _BY_KEY, n=4, cutoff=0.5)
+    names = {_key(name): name for name in _DEVICES}
+    return [names[key] for key in near]

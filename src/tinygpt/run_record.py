@@ -36,6 +36,7 @@ def describe_run(
     next_step: int = 0,
     step_tokens: int | None = None,
     loss: str = "next_token_loss",
+    micro_batch_rows: int | None = None,
     world_size: int = 1,
 ) -> dict[str, Any]:
     """Return the facts of a run that its metrics do not tell, for `MetricsFile.write("run", step, **facts)`.
@@ -51,6 +52,7 @@ def describe_run(
         next_step: The step that comes next: 0, or that of the resume.
         step_tokens: Tokens of an optimizer step.
         loss: Name of the loss function.
+        micro_batch_rows: Rows of the loader's batches that are computed at a time; `None` for all.
         world_size: Number of processes.
 
     Returns:
@@ -64,7 +66,7 @@ def describe_run(
             `flops_per_token`, and `blocks`, each a `description` and the `layers` it is true of
         - `optimizer`: `name`, and for each of its `groups` `name`, `kind`, `num_tensors`, `num_parameters`, `settings`
         - `schedules`: how each was made
-        - `batch`: `tokens`, `rows`, `seq_len`, `micro_batches`
+        - `batch`: `tokens`, `rows`, `seq_len`, `micro_batches` of the loader, and `micro_batch_rows`
         - `data`: `fingerprint`, `source_fingerprint`, `tokenizer_fingerprint`, `tokenizer`, `vocab_size`, `settings`
 
     Example:
@@ -114,6 +116,7 @@ def describe_run(
             "rows": rows,
             "seq_len": seq_len,
             "micro_batches": tokens // micro_batch if tokens and micro_batch else None,
+            "micro_batch_rows": micro_batch_rows,
         },
         "data": _data(loader),
     }

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tinygpt.data import IGNORE_INDEX, Batch, ValidationSet
-from tinygpt.errors import DataError
+from tinygpt.errors import ConfigError, DataError
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class BpbReport:
 
 
 @torch.no_grad()
-def evaluate_bpb(model: nn.Module, validation: ValidationSet) -> BpbReport:
+def evaluate_bpb(model: nn.Module, validation: ValidationSet, *, micro_batch_rows: int | None = None) -> BpbReport:
     """Measure bits per byte on a frozen validation set.
 
     Targets without bytes, which are the special tokens, are not counted. The model is called in evaluation mode and
@@ -68,16 +68,21 @@ def evaluate_bpb(model: nn.Module, validation: ValidationSet) -> BpbReport:
     Args:
         model: A `GPT`, or any model that returns logits `(batch, seq, vocab)` for token ids `(batch, seq)`.
         validation: The set.
+        micro_batch_rows: Rows that are computed at a time, such as `trainer.micro_batch_rows`: then an evaluation never
+            needs more memory than a step. `None` for those of the set's batches.
 
     Returns:
         The figure with the hash of the set.
 
     Raises:
+        ConfigError: If `micro_batch_rows` is not positive.
         DataError: If the set has no text.
 
     References:
         The measure of Gao et al., [The Pile](https://arxiv.org/abs/2101.00027), 2020.
     """
+    if micro_batch_rows is not None and micro_batch_rows < 1:
+        raise ConfigError(f"micro_batch_rows={micro_batch_rows} is no number of rows; choose 1 or more.")
     device = next(model.parameters()).device
     token_bytes = validation.token_bytes.to(device)
     sums: list[Tensor] = []  # stay on the device, so that no batch waits for the one before
@@ -86,11 +91,12 @@ def evaluate_bpb(model: nn.Module, validation: ValidationSet) -> BpbReport:
     model.eval()
     try:
         for cpu_batch in validation:
-            batch = cpu_batch.to(device)
-            num_bytes = _target_bytes(batch.targets, token_bytes)
-            losses = _token_losses(model, batch)
-            sums.append((losses * (num_bytes > 0)).sum())
-            counted += torch.stack(((num_bytes > 0).sum(), num_bytes.sum()))
+            for parts in zip(*(torch.split(part, micro_batch_rows or len(part)) for part in cpu_batch), strict=True):
+                batch = Batch(*parts).to(device)
+                num_bytes = _target_bytes(batch.targets, token_bytes)
+                losses = _token_losses(model, batch)
+                sums.append((losses * (num_bytes > 0)).sum())
+                counted += torch.stack(((num_bytes > 0).sum(), num_bytes.sum()))
     finally:
         model.train(was_training)
     num_tokens, total_bytes = counted.tolist()

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from tinygpt.errors import ConfigError
 from tinygpt.layers._kv_cache import LayerCache
@@ -21,6 +22,9 @@ class Block(nn.Module):
         norm_eps: `eps` of the two norms, as for `RMSNorm`.
         residual_scale: First value of `a`; `None` leaves the factor out.
         x0_scale: First value of `b`; `None` leaves the term out.
+
+    Attributes:
+        recompute_mlp: Whether the backward pass computes the inside of `mlp` again instead of keeping it.
 
     References:
         The two scalars are modded-nanogpt's residual and x0 lambdas.
@@ -42,6 +46,7 @@ class Block(nn.Module):
         self.attention = attention
         self.mlp_norm = RMSNorm(dim, weight=norm_weight, eps=norm_eps)
         self.mlp = mlp
+        self.recompute_mlp = False
         self._first_scales = (residual_scale, x0_scale)
         self.residual_scale = None if residual_scale is None else nn.Parameter(torch.empty(1))
         self.x0_scale = None if x0_scale is None else nn.Parameter(torch.empty(1))
@@ -82,7 +87,11 @@ class Block(nn.Module):
                 raise ConfigError("this Block has an x0_scale: call it with x0=(batch, seq, dim), the embedded input.")
             x = x + self.x0_scale.to(x.dtype) * x0
         x = x + self.attention(self.attention_norm(x), token_ids=token_ids, cache=cache)
-        return x + self.mlp(self.mlp_norm(x))
+        normed = self.mlp_norm(x)
+        if self.recompute_mlp and torch.is_grad_enabled():
+            # It stops as soon as it has what was not kept, so the last product in `mlp` is not repeated.
+            return x + checkpoint(self.mlp, normed, use_reentrant=False)
+        return x + self.mlp(normed)
 
 
 class Backout(nn.Module):

@@ -250,7 +250,17 @@ class _ChunkedLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, ...]:
         grad_x, grad_weight = ctx.saved_tensors
         if grad_x is not None:
-            grad_x = grad_x * grad_total.to(grad_x.dtype)
+            grad_x = _scaled(grad_x, grad_total)
         if grad_weight is not None:
-            grad_weight = grad_weight * grad_total.to(grad_weight.dtype)
+            grad_weight = _scaled(grad_weight, grad_total)
         return grad_x, grad_weight, None, None, None, None
+
+
+def _scaled(grad: Tensor, factor: Tensor) -> Tensor:
+    """Multiply a gradient, in place unless the graph stays for another backward pass.
+
+    This is where memory is highest: all that the blocks kept is still there, and the weight's gradient is a large one.
+    """
+    kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+    factor = factor.to(grad.dtype)
+    return grad * factor if torch.compiler.is_compiling() or kept() else grad.mul_(factor)

@@ -1,15 +1,21 @@
 """Feed-forward layers."""
 
+from typing import Any
+
+import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 
+from tinygpt.layers._kept import others_choose_what_is_kept, takes_own_backward
 from tinygpt.layers._linear import Linear, uniform_with_std_
 
 
 class ReluSquaredMLP(nn.Module):
     """Feed-forward layer `down(relu(up(x)) ** 2)`.
 
-    The up projection starts at 0.4 of the usual spread and the down projection at zero, as in nanochat.
+    The up projection starts at 0.4 of the usual spread and the down projection at zero, as in nanochat. For the
+    backward pass `relu(up(x))` alone is kept, and squared again there.
 
     Args:
         dim: Width of the residual stream.
@@ -35,7 +41,58 @@ class ReluSquaredMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply to every position: `(batch, seq, dim)` -> same shape and dtype."""
-        return self.down_proj(F.relu(self.up_proj(x)).square())
+        hidden = self.up_proj(x)
+        if not hidden.requires_grad:
+            hidden = F.relu(hidden)  # ours from here on
+            return self.down_proj(hidden.square() if torch.compiler.is_compiling() else hidden.square_())
+        if not takes_own_backward():
+            return self.down_proj(F.relu(hidden).square())
+        relu, square = _ReluAndSquare.apply(hidden)  # type: ignore[no-untyped-call]
+        del hidden
+        if others_choose_what_is_kept():
+            return self.down_proj(square)
+        with _squared_again(relu.detach(), square):
+            return self.down_proj(square)
+
+
+class _ReluAndSquare(torch.autograd.Function):
+    """`relu(x)` and its square, of which the first is kept: the derivative of the square is twice it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        relu = F.relu(x)
+        ctx.save_for_backward(relu)
+        ctx.set_materialize_grads(False)
+        return relu, relu.square()
+
+    @staticmethod
+    def backward(ctx: Any, grad_relu: Tensor | None, grad_square: Tensor | None) -> Tensor | None:
+        (relu,) = ctx.saved_tensors
+        grad = None if grad_square is None else 2.0 * (grad_square * relu)
+        if grad_relu is None:
+            return grad
+        through = grad_relu * (relu > 0)  # in the second of two backward passes alone
+        return through if grad is None else grad + through
+
+
+def _squared_again(relu: Tensor, square: Tensor) -> saved_tensors_hooks:
+    """Return a context in which whoever keeps `square` for the backward pass keeps `relu` instead.
+
+    It says nothing of how the square is multiplied, so it holds for any layer in the place of the down projection.
+    """
+    # What autograd keeps holds on to these functions, so they may not hold on to the square. Not the address of its
+    # memory, which is 0 for everything on the meta device.
+    storage, dtype = square.untyped_storage()._cdata, square.dtype
+
+    def pack(kept: Tensor) -> Any:
+        if kept.untyped_storage()._cdata != storage or kept.dtype != dtype:
+            return kept
+        return kept.shape, kept.stride(), kept.storage_offset()
+
+    def unpack(packed: Any) -> Tensor:
+        return packed if isinstance(packed, Tensor) else relu.square().as_strided(*packed)
+
+    return saved_tensors_hooks(pack, unpack)
 
 
 class GeluMLP(nn.Module):

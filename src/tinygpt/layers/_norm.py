@@ -1,14 +1,20 @@
 """Root-mean-square normalization."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tinygpt.errors import ConfigError
+from tinygpt.layers._kept import takes_own_backward
 
 
 class RMSNorm(nn.Module):
     """`x / sqrt(mean(x**2) + eps)` over the last axis, without a learned weight unless asked for.
+
+    Without a weight the result is kept for the backward pass and not the input: whatever multiplies the result keeps it
+    anyway, so the norm costs no memory.
 
     Args:
         dim: Width of the last axis.
@@ -39,8 +45,47 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize the last axis: `(..., dim)` -> same shape and dtype."""
-        weight = None if self.weight is None else self.weight.to(x.dtype)
-        return F.rms_norm(x, (self.dim,), weight, self.eps)
+        if self.weight is None:
+            return rms_norm(x, eps=self.eps)
+        return F.rms_norm(x, (self.dim,), self.weight.to(x.dtype), self.eps)
 
     def extra_repr(self) -> str:
         return f"{self.dim}, weight={self.weight is not None}"
+
+
+def rms_norm(x: Tensor, *, eps: float | None = None) -> Tensor:
+    """Return what `F.rms_norm` returns over the last axis, to the bit, and keep the result for the backward pass."""
+    if x.requires_grad and takes_own_backward() and hasattr(torch.ops.aten, "_fused_rms_norm"):
+        normed: Tensor = _RMSNorm.apply(x, eps)[0]  # type: ignore[no-untyped-call]
+        return normed
+    return F.rms_norm(x, (x.shape[-1],), None, eps)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """Norm and its factor `(..., 1)`: `y = factor * x`, and `dx = factor * (dy - y * mean(dy * y))`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, eps: float | None) -> tuple[Tensor, Tensor]:
+        y, factor = torch.ops.aten._fused_rms_norm(x, [x.shape[-1]], None, eps)
+        ctx.save_for_backward(y, factor)
+        ctx.set_materialize_grads(False)
+        return y, factor
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, grad_factor: Tensor | None) -> tuple[Tensor | None, None]:
+        y, factor = ctx.saved_tensors
+        if grad is None and grad_factor is None:
+            return None, None
+        if y.is_cuda and grad is not None and grad_factor is None and not torch.is_grad_enabled():
+            # The kernel of the plain norm, for an input that is normalized already; it sums in float32.
+            ones = torch.ones_like(factor)
+            dx: Tensor = torch.ops.aten._fused_rms_norm_backward(grad, y, [y.shape[-1]], ones, None, [True, False])[0]
+            return dx.mul_(factor), None
+        wide = factor.dtype
+        result = torch.zeros_like(y, dtype=wide)
+        if grad is not None:
+            g, z = grad.to(wide), y.to(wide)
+            result = torch.addcmul(g, z, (g * z).mean(dim=-1, keepdim=True), value=-1.0) * factor
+        if grad_factor is not None:  # in the second of two backward passes alone
+            result = result - grad_factor * factor.square() * y.to(wide) / y.shape[-1]
+        return result.to(y.dtype), None

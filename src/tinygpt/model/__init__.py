@@ -1,5 +1,6 @@
 """The GPT model and the config that names a standard one."""
 
+from tinygpt.model._checkpointing import ActivationCheckpointing as ActivationCheckpointing
 from tinygpt.model._config import GPTConfig as GPTConfig
 from tinygpt.model._counts import ParameterCounts as ParameterCounts
 from tinygpt.model._files import check_device as check_device
@@ -12,6 +13,7 @@ from tinygpt.model._parts import PartFactory as PartFactory
 
 __all__ = [
     "GPT",
+    "ActivationCheckpointing",
     "GPTConfig",
     "ParameterCounts",
     "PartFactory",

@@ -6,9 +6,11 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from tinygpt.errors import ConfigError
 from tinygpt.layers import Backout, KVCache, LayerCache, LMHead, Smear, TokenEmbedding
+from tinygpt.model._checkpointing import ActivationCheckpointing, let_mlps_recompute
 from tinygpt.model._config import GPTConfig
 from tinygpt.model._counts import ParameterCounts
 from tinygpt.model._losses import IGNORED, plain_token_losses
@@ -66,6 +68,7 @@ class GPT(PretrainedFiles):
         self.config = config
         self.max_seq_len = config.max_seq_len if max_seq_len is None and config is not None else max_seq_len
         self.compute_dtype: torch.dtype | None = None
+        self.activation_checkpointing: ActivationCheckpointing = "none"
         self.embedding = embedding
         self.embedding_norm = embedding_norm
         self.smear = smear
@@ -170,8 +173,11 @@ class GPT(PretrainedFiles):
                 cache.remember(last)
         x0 = middle = x
         for index, block in enumerate(self.blocks):
-            layer_cache = None if cache is None else cache.layers[index]
-            x = block(x, x0=x0, token_ids=token_ids, cache=layer_cache)
+            if cache is None and self.activation_checkpointing == "block" and torch.is_grad_enabled():
+                x = checkpoint(block, x, x0=x0, token_ids=token_ids, cache=None, use_reentrant=False)
+            else:
+                layer_cache = None if cache is None else cache.layers[index]
+                x = block(x, x0=x0, token_ids=token_ids, cache=layer_cache)
             if index == len(self.blocks) // 2:
                 middle = x
         if self.backout is not None:
@@ -262,6 +268,28 @@ class GPT(PretrainedFiles):
             for module in self.modules():
                 if isinstance(module, nn.Embedding):
                     module.to(dtype)
+        return self
+
+    def set_activation_checkpointing(self, what: ActivationCheckpointing) -> Self:
+        """Set what the backward pass computes again instead of keeping it from the forward pass.
+
+        Loss and gradients stay the same. `"mlp"` drops the hidden layer of each feed-forward layer, the largest thing
+        that is kept, for one more product of three in it. `"block"` drops everything but the input of each block, for a
+        second forward pass.
+
+        Args:
+            what: `"none"`, `"mlp"` or `"block"`.
+
+        Raises:
+            ConfigError: If it is none of these, or `"mlp"` and a block is not a `Block`.
+
+        References:
+            Chen et al., [Training Deep Nets with Sublinear Memory Cost](https://arxiv.org/abs/1604.06174), 2016; the
+            choice of what is cheap to repeat from Korthikanti et al.,
+            [Reducing Activation Recomputation](https://arxiv.org/abs/2205.05198), 2022.
+        """
+        let_mlps_recompute(self.blocks, what)
+        self.activation_checkpointing = what
         return self
 
     def num_parameters(self) -> ParameterCounts:

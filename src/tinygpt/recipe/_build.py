@@ -14,6 +14,7 @@ from tinygpt.data import DocumentSource, TokenShards, ValidationSet
 from tinygpt.errors import ConfigError, MissingDependencyError, TinyGPTError
 from tinygpt.evals import evaluate_bpb
 from tinygpt.generate import stream_text
+from tinygpt.layers import LMHead
 from tinygpt.metrics import StepMetrics
 from tinygpt.model import GPT
 from tinygpt.optim import MuonAdamW, Rule, nanochat_rules, param_groups
@@ -235,6 +236,9 @@ def make_model(recipe: "Recipe", device: torch.device) -> tuple[GPT, MuonAdamW]:
     model = GPT.from_config(recipe.model).to(device)
     if recipe.precision == "bfloat16" or resolve_precision(recipe.precision, device) == torch.bfloat16:
         model.set_compute_dtype(torch.bfloat16, embeddings=True)
+    model.set_activation_checkpointing(recipe.activation_checkpointing)
+    assert isinstance(model.head, LMHead)
+    model.head.chunk_tokens = recipe.loss_chunk_tokens
     return model, MuonAdamW(param_groups(model, optimizer_rules(recipe)), compile="auto" if recipe.compile else False)
 
 
@@ -264,6 +268,8 @@ def trainer_config(recipe: "Recipe", out_dir: Path | None) -> TrainerConfig:
         keep_best=recipe.keep_best,
         compile=recipe.compile,
         matmul_precision=recipe.matmul_precision,
+        micro_batch_rows=recipe.micro_batch_rows,
+        activation_checkpointing=recipe.activation_checkpointing,
     )
 
 
@@ -299,7 +305,7 @@ def evaluation(validation: ValidationSet) -> Hook:
     """Return a hook that measures bits per byte and records it."""
 
     def hook(trainer: Trainer, step: StepMetrics) -> None:
-        report = evaluate_bpb(trainer.model, validation)
+        report = evaluate_bpb(trainer.model, validation, micro_batch_rows=trainer.micro_batch_rows)
         trainer.record("evaluation", bpb=report.bpb, loss=report.loss, data_hash=report.data_hash)
         logger.info("step %s: validation %s", f"{step.index + 1:,}", report)
 

@@ -7,16 +7,20 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from tinygpt import hardware
 from tinygpt.data import Batch
 from tinygpt.errors import ConfigError
-from tinygpt.hardware import peak_flops
-from tinygpt.memory import training_memory
+from tinygpt.memory import MemoryPlan, plan_memory, training_memory
 from tinygpt.recipe._build import make_model, make_phase, resolve_device, run_phases, trainer_config
 from tinygpt.recipe._data import vocab_size
 from tinygpt.trainer import Trainer, resolve_precision
 
 if TYPE_CHECKING:
     from tinygpt.recipe._recipe import Recipe
+
+# Of a GPU's memory: about 400 MiB for the CUDA context and its kernels, the rest for a desktop and what the allocator
+# cannot put together again. A guess on the safe side.
+_RESERVE = 2**30
 
 
 @dataclass(frozen=True)
@@ -32,12 +36,16 @@ class RunPlan:
         flops_per_token: Training FLOPs of a token.
         flops: Of the whole run.
         precision: Dtype of activations and products that the figures are for.
-        memory_bytes: Estimated bytes of a step by what they hold, see `TrainingMemory`.
+        memory_bytes: Bytes of a step as the recipe stands, by what they hold, see `TrainingMemory`.
+        memory_budget: Bytes of the GPU that training may take, or those asked about; `None` without either.
+        advice: What to train with in that budget; `None` without one.
+        reserved: Whether the budget is a GPU's memory less a reserve.
         phases: Name, first step, steps, tokens of a step, and rates at the first and last step, of each phase.
         schedule: The phases with their rates, and what changes between them, as text.
         device_name: The GPU that the time is estimated for.
         mfu: Share of its peak that training is assumed to reach.
-        seconds: The time estimate; evaluation, saving and loading come on top. `None` without a GPU.
+        tokens_per_second: The speed at that share; `None` without a GPU.
+        seconds: The time estimate of the whole run; evaluation, saving and loading come on top. `None` without a GPU.
     """
 
     parameters: dict[str, int]
@@ -49,15 +57,24 @@ class RunPlan:
     flops: int
     precision: str
     memory_bytes: dict[str, int]
+    memory_budget: int | None
+    advice: MemoryPlan | None
+    reserved: bool
     phases: list[dict[str, Any]]
     schedule: str
     device_name: str | None
     mfu: float
+    tokens_per_second: float | None
     seconds: float | None
 
+    @property
+    def fits(self) -> bool | None:
+        """Whether the recipe as it stands fits the budget; `None` without one."""
+        return None if self.memory_budget is None else sum(self.memory_bytes.values()) <= self.memory_budget
+
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as JSON values."""
-        return asdict(self)
+        """Return the fields, and `fits`, as JSON values."""
+        return {**asdict(self), "fits": self.fits, "advice": self.advice and self.advice.to_dict()}
 
     def __str__(self) -> str:
         roles = ", ".join(f"{role.replace('_', ' ')} {count:,}" for role, count in self.parameters.items())
@@ -66,16 +83,33 @@ class RunPlan:
             f"model     {self.num_parameters:,} parameters: {roles}",
             f"tokens    {self.tokens:,} in {self.num_steps:,} steps, {self.tokens / self.num_parameters:.1f} for each "
             "parameter",
-            f"memory    about {sum(self.memory_bytes.values()) / 2**20:,.0f} MiB in {self.precision}, without what the "
-            f"allocator keeps back: {parts}",
+            f"memory    about {sum(self.memory_bytes.values()) / 2**20:,.0f} MiB in {self.precision}: {parts}",
+            *self._advice_lines(),
             f"compute   {self.flops:.3g} FLOPs, {self.flops_per_token:.3g} a token",
         ]
-        if self.seconds is not None:
+        if self.seconds is not None and self.tokens_per_second is not None:
+            step_seconds = self.step_tokens / self.tokens_per_second
             lines.append(
                 f"time      about {_duration(self.seconds)} on one {self.device_name}, if it reaches {self.mfu:.0%} of "
-                "its peak"
+                f"its peak: {self.tokens_per_second:,.0f} tokens a second, {step_seconds:.3g} seconds a step"
             )
         return "\n".join([*lines, self.schedule])
+
+    def _advice_lines(self) -> Iterator[str]:
+        if self.memory_budget is None or self.advice is None:
+            return
+        verdict = "fits" if self.fits else "does not fit"
+        budget = f"{self.memory_budget / 2**20:,.0f} MiB"
+        where = f" of a {self.device_name}, {_RESERVE / 2**20:,.0f} MiB left for others" if self.reserved else ""
+        yield f"budget    {budget}{where}: the recipe as it stands {verdict}"
+        yield f"advice    {self.advice}"
+        if self.advice.fits:
+            options = {
+                "micro-batch-rows": self.advice.rows,
+                "loss-chunk-tokens": self.advice.chunk_tokens,
+                "activation-checkpointing": self.advice.activation_checkpointing,
+            }
+            yield "          " + " ".join(f"--{name} {value}" for name, value in options.items())
 
 
 class _NoData:
@@ -89,8 +123,10 @@ class _NoData:
         return iter(())
 
 
-def plan_run(recipe: "Recipe", *, device_name: str | None, mfu: float) -> RunPlan:
+def plan_run(recipe: "Recipe", *, device_name: str | None, mfu: float, memory_bytes: int | None = None) -> RunPlan:
     """Plan a recipe; see `Recipe.plan`."""
+    if memory_bytes is not None and memory_bytes < 1:
+        raise ConfigError(f"memory_bytes={memory_bytes} is no memory to train in.")
     if not 0 < mfu <= 1:
         raise ConfigError(f"mfu={mfu} is not a share; choose above 0 and up to 1.")
     # A run keeps its tokenizer: where it came from may be gone by then, and the model tells as much.
@@ -104,10 +140,33 @@ def plan_run(recipe: "Recipe", *, device_name: str | None, mfu: float) -> RunPla
     if known and recipe.precision == "auto":
         dtype = torch.bfloat16
     precision = str(dtype).removeprefix("torch.")
+    if known and device_name is not None:
+        _refuse_unknown(device_name, precision)
     with torch.device("meta"):
         model, optimizer = make_model(recipe.replace(precision=precision), torch.device("meta"))
-    memory = training_memory(model, optimizer, rows=recipe.data.rows, seq_len=recipe.seq_len)
-    config = trainer_config(recipe, None).replace(precision="float32", matmul_precision=None, compile=False)
+    rows = recipe.data.rows if recipe.micro_batch_rows in (None, "auto") else int(recipe.micro_batch_rows or 0)
+    kind = "cuda" if known else device.type
+    micro_batch = min(rows, recipe.data.rows)
+    accumulate = recipe.step_tokens > micro_batch * recipe.seq_len
+    memory = training_memory(
+        model, optimizer, rows=micro_batch, seq_len=recipe.seq_len, accumulate=accumulate, device_type=kind
+    )
+    on_card = hardware.memory_bytes(device_name) if device_name is not None else None
+    budget = memory_bytes or (on_card - _RESERVE if on_card else None)
+    advice = None
+    if budget is not None:
+        advice = plan_memory(
+            model,
+            optimizer,
+            budget_bytes=budget,
+            rows=recipe.data.rows,
+            seq_len=recipe.seq_len,
+            accumulate=True if recipe.step_tokens > recipe.data.rows * recipe.seq_len else None,
+            device_type=kind,
+        )
+    config = trainer_config(recipe, None).replace(
+        precision="float32", matmul_precision=None, compile=False, micro_batch_rows=None
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that this device is slow; it is none
         trainer = Trainer(
@@ -128,6 +187,7 @@ def plan_run(recipe: "Recipe", *, device_name: str | None, mfu: float) -> RunPla
         tokens += each * phase.steps
         first = last + 1
     flops_per_token = model.flops_per_token(recipe.seq_len)
+    speed = _speed(flops_per_token, device_name, precision, mfu)
     counts = model.num_parameters()
     return RunPlan(
         parameters=counts._asdict(),
@@ -138,23 +198,33 @@ def plan_run(recipe: "Recipe", *, device_name: str | None, mfu: float) -> RunPla
         flops_per_token=flops_per_token,
         flops=flops_per_token * tokens,
         precision=precision,
-        memory_bytes=memory._asdict(),
+        memory_bytes=memory.parts,
+        memory_budget=budget,
+        advice=advice,
+        reserved=memory_bytes is None and budget is not None,
         phases=phases,
         schedule=trainer.plan(),
         device_name=device_name,
         mfu=mfu,
-        seconds=_seconds(flops_per_token * tokens, device_name, precision, mfu, required=known),
+        tokens_per_second=speed,
+        seconds=None if speed is None else tokens / speed,
     )
 
 
-def _seconds(flops: int, device_name: str | None, precision: str, mfu: float, *, required: bool) -> float | None:
-    peak = None if device_name is None else peak_flops(device_name, precision)
-    if peak is None and required:
-        raise ConfigError(
-            f"the peak of {device_name!r} in {precision} is not known; give a name as torch has it, such as "
-            "'RTX 4070', 'RTX 4090' or 'H100 80GB HBM3'."
-        )
-    return None if peak is None else flops / (peak * mfu)
+def _speed(flops_per_token: int, device_name: str | None, precision: str, mfu: float) -> float | None:
+    """Return tokens a second at this share of a device's peak; `None` if it is not known."""
+    peak = None if device_name is None else hardware.peak_flops(device_name, precision)
+    return None if peak is None else peak * mfu / flops_per_token
+
+
+def _refuse_unknown(device_name: str, precision: str) -> None:
+    if hardware.peak_flops(device_name, precision) is not None:
+        return
+    near = hardware.similar_names(device_name)
+    names = ", ".join(map(repr, near or ["RTX 4070", "RTX 4090", "H100 80GB HBM3"]))
+    raise ConfigError(
+        f"the peak of {device_name!r} in {precision} is not known; give a name as torch has it, such as {names}."
+    )
 
 
 def _duration(seconds: float) -> str:

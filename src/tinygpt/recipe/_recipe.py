@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from tinygpt import scaling
 from tinygpt.config import Config
 from tinygpt.errors import ConfigError
-from tinygpt.model import GPTConfig
+from tinygpt.model import ActivationCheckpointing, GPTConfig
 from tinygpt.recipe._files import RECIPE_FILE, absolute, read_recipe, with_overrides, write_recipe
 from tinygpt.recipe._sections import (
     EMBEDDED,
@@ -85,6 +85,9 @@ class Recipe(Config):
         device: `"auto"` for a GPU if there is one, or what torch calls a device, such as `"cuda:1"`.
         matmul_precision: As in `TrainerConfig`.
         compile: As in `TrainerConfig`; unless it is off, the Muon update is compiled on CUDA as well.
+        micro_batch_rows: As in `TrainerConfig`: rows of the loader's batch that are computed at a time.
+        activation_checkpointing: What the backward pass computes again, see `GPT.set_activation_checkpointing`.
+        loss_chunk_tokens: Tokens whose logits exist at a time; `None` for what suits the device.
         seed: Of the first weights and of samples.
         evaluate_every: Steps between evaluations; `None` for one at the end.
         save_every: Steps between checkpoints; `None` for one at the end.
@@ -128,6 +131,9 @@ class Recipe(Config):
     matmul_precision: Literal["fp8", "int8"] | None = None
     device: str = "auto"
     compile: bool | Literal["auto", "block", "model"] = "auto"
+    micro_batch_rows: Positive | Literal["auto"] | None = None
+    activation_checkpointing: ActivationCheckpointing = "none"
+    loss_chunk_tokens: Positive | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     evaluate_every: Positive | None = None
     save_every: Positive | None = None
@@ -310,20 +316,22 @@ class Recipe(Config):
         """Tokens of a step."""
         return self.batch_tokens or self.data.rows * self.seq_len
 
-    def plan(self, *, device_name: str | None = None, mfu: float = 0.5) -> "RunPlan":
+    def plan(self, *, device_name: str | None = None, mfu: float = 0.5, memory_bytes: int | None = None) -> "RunPlan":
         """Return what training would do and need; nothing is read but a tokenizer's folder, nothing is allocated.
 
         Args:
-            device_name: A GPU that `tinygpt.hardware` knows, such as `"RTX 4070"`, for an estimate of the time.
+            device_name: A GPU that `tinygpt.hardware` knows, such as `"RTX 4070"`, for the time, and for what to choose
+                in its memory.
             mfu: Share of that GPU's peak that training is assumed to reach.
+            memory_bytes: Choose for this much memory instead.
 
         Raises:
-            ConfigError: If settings do not fit together, the device is not known or `mfu` is not above 0 and up to 1.
+            ConfigError: If settings do not fit together, the device is not known or a number is out of range.
             DataError: If the tokenizer's folder or the token shards cannot be read.
         """
         from tinygpt.recipe._plan import plan_run
 
-        return plan_run(self, device_name=device_name, mfu=mfu)
+        return plan_run(self, device_name=device_name, mfu=mfu, memory_bytes=memory_bytes)
 
     def check(self, out_dir: str | Path) -> None:
         """Look whether text and packages are there that a run in this folder needs, before any work is done for it.

@@ -6,6 +6,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from tinygpt.config import Config
+from tinygpt.model import ActivationCheckpointing
 from tinygpt.trainer._compile import Compile
 
 Positive = Annotated[int, Field(ge=1)]
@@ -36,6 +37,11 @@ class TrainerConfig(Config):
             share; `"model"` loss and model as one, which takes longer to compile and may run a little faster; `"auto"`
             blocks on CUDA and nothing elsewhere. Where there is no working compiler training goes on without, after a
             warning.
+        micro_batch_rows: Rows of the loader's batch that are computed at a time; the sum over them is the same up to
+            rounding, and what the loader does does not change. `"auto"` takes what `tinygpt.memory` plans for the
+            memory that is free, and halves it when memory runs out nevertheless. `None` for all.
+        activation_checkpointing: What the backward pass computes again instead of keeping it, see
+            `GPT.set_activation_checkpointing`; `None` leaves it as the model has it.
 
     Raises:
         ConfigError: If a field is out of range.
@@ -53,6 +59,8 @@ class TrainerConfig(Config):
     keep_every: Positive | None = None
     keep_best: Positive | None = None
     compile: Compile = "auto"
+    micro_batch_rows: Positive | Literal["auto"] | None = None
+    activation_checkpointing: ActivationCheckpointing | None = None
 
     @model_validator(mode="after")
     def _something_goes(self) -> Self:

@@ -79,5 +79,6 @@ def _record(trainer: "Trainer") -> dict[str, Any]:
         next_step=trainer.next_step,
         step_tokens=trainer.step_tokens,
         loss=loss_name(trainer.loss_fn),
+        micro_batch_rows=trainer.micro_batch_rows,
         world_size=getattr(trainer.loader, "world_size", 1),
     )

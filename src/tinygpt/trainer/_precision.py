@@ -1,4 +1,4 @@
-"""Which dtype a model computes in."""
+"""How a model computes: in which dtype and products, and what it computes again."""
 
 import warnings
 
@@ -8,6 +8,26 @@ from torch import nn
 from tinygpt.errors import ConfigError
 from tinygpt.layers import set_matmul_precision
 from tinygpt.trainer._config import TrainerConfig
+
+
+def prepare_model(model: nn.Module, config: TrainerConfig, device: torch.device) -> torch.dtype:
+    """Make a model compute as the settings say, and return its dtype.
+
+    Raises:
+        ConfigError: If it cannot.
+    """
+    if config.matmul_precision is not None:
+        set_matmul_precision(model, config.matmul_precision)
+    dtype = set_precision(model, config.precision, device)
+    if config.activation_checkpointing is not None:
+        setter = getattr(model, "set_activation_checkpointing", None)
+        if setter is None:
+            raise ConfigError(
+                f"activation_checkpointing={config.activation_checkpointing!r} needs a model with "
+                "set_activation_checkpointing(), as GPT has; in another model use torch.utils.checkpoint."
+            )
+        setter(config.activation_checkpointing)
+    return dtype
 
 
 def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
@@ -33,11 +53,8 @@ def multiplies_bfloat16_fast(device: torch.device) -> bool:
     )
 
 
-def set_precision(model: nn.Module, config: TrainerConfig, device: torch.device) -> torch.dtype:
-    """Give the model its compute dtype and return it; let its matrices multiply in what the config says."""
-    if config.matmul_precision is not None:
-        set_matmul_precision(model, config.matmul_precision)
-    precision = config.precision
+def set_precision(model: nn.Module, precision: str, device: torch.device) -> torch.dtype:
+    """Give the model its compute dtype and return it."""
     setter = getattr(model, "set_compute_dtype", None)
     chosen = getattr(model, "compute_dtype", None)
     dtype = chosen if precision == "auto" and chosen is not None else resolve_precision(precision, device)

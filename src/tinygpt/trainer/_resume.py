@@ -99,12 +99,14 @@ def load(
     loaders = {id(each): each for each in trainer.course.loaders if hasattr(each, "state_dict")}.values()
     before = [(each, each.state_dict()) for each in loaders]
     rewarm_before, random_before = trainer.rates.rewarm, random_state()
+    rows_before = trainer.micro_batch_rows
     try:
         was, now = state["optimizer_class"], type(trainer.optimizer).__name__
         if was != now:
             raise CheckpointError(f"{folder} was saved with {was}, and this run has {now}: build the same optimizer.")
         progress = (int(state["next_step"]), int(state["tokens"]), float(state["elapsed_seconds"]))
         evaluations = [e for given in state.get("evaluations", []) if (e := checked_evaluation(given["step"], given))]
+        trainer.rows.go_on_with(state.get("settings", {}).get("micro_batch_rows"))
         resumption = Resumption(trainer, state)
         changes = [*resumption.compare_rates(rewarm_steps), *resumption.compare_rest()]
         if resumption.begins_phase:
@@ -119,6 +121,7 @@ def load(
         plain_module(trainer.model).load_state_dict(weights, strict=True)  # last: nothing would take it back
     except BaseException as error:
         trainer.rates.rewarm = rewarm_before
+        trainer.rows.go_on_with(rows_before)
         restore_random_state(random_before)
         for each, position in before:
             each.load_state_dict(position)  # as if nothing had been tried

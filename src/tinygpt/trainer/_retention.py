@@ -33,6 +33,14 @@ def checked_evaluation(step: int, fields: Mapping[str, Any]) -> dict[str, Any] |
     return {"step": step, "bpb": float(bpb), "data_hash": None if data_hash is None else str(data_hash)}
 
 
+def with_evaluation(
+    evaluations: Sequence[dict[str, Any]], step: int, fields: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """Return the evaluations with what is kept of another one, which replaces an earlier one of its step."""
+    found = checked_evaluation(step, fields)
+    return [*evaluations] if found is None else [*(e for e in evaluations if e["step"] != step), found]
+
+
 def best_steps(evaluations: Sequence[Mapping[str, Any]], steps: Collection[int], count: int) -> set[int]:
     """Return those of `steps` with the lowest bpb on the data that was evaluated last; others cannot be compared."""
     if not evaluations:
@@ -51,6 +59,14 @@ def due_checkpoint(trainer: "Trainer", *, asked: bool) -> Path | None:
     step, every = trainer.next_step, trainer.config.save_every
     due = step == trainer.config.num_steps or step in trainer.course.boundaries or (every and step % every == 0)
     return checkpoint_folder(trainer.checkpoint_dir, step) if trainer.checkpoint_dir and (due or asked) else None
+
+
+def may_go_on_meanwhile(trainer: "Trainer", *, leaving: bool) -> bool:
+    """Return whether a checkpoint is written while training goes on.
+
+    The last one is waited for in any case: a copy would only cost, and a program that ends starts no thread.
+    """
+    return trainer.config.save_in_background and not leaving and trainer.next_step != trainer.config.num_steps
 
 
 def tidier(trainer: "Trainer", folder: Path) -> Callable[[], None]:

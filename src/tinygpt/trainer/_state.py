@@ -89,6 +89,7 @@ def settings(trainer: "Trainer", step: int | None = None) -> dict[str, Any]:
     step = trainer.next_step if step is None else step
     phase = course.index_at(step)
     tokens = course.step_tokens(phase)
+    recomputed = getattr(plain_module(trainer.model), "activation_checkpointing", "none")
     return {
         "num_steps": config.num_steps,
         "tokens of a step": tokens and tokens * getattr(course.loaders[phase], "world_size", 1),
@@ -96,6 +97,8 @@ def settings(trainer: "Trainer", step: int | None = None) -> dict[str, Any]:
         "precision": str(trainer.precision),
         "matmul_precision": config.matmul_precision,
         "loss": loss_name(trainer.loss_fn),
+        "micro_batch_rows": trainer.micro_batch_rows,
+        "activation_checkpointing": None if recomputed == "none" else recomputed,
         **describe_schedules(trainer.rates.schedules_at(step)),
     }
 

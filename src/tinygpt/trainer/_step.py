@@ -6,13 +6,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from tinygpt.data import Batch
-from tinygpt.errors import CheckpointError, ConfigError, DataError, NonFiniteError
-from tinygpt.losses import LossFunction, LossSum
-from tinygpt.trainer._batches import find_non_finite, read_micro_batches, to_device
+from tinygpt.errors import CheckpointError, DataError, NonFiniteError
+from tinygpt.losses import LossFunction
+from tinygpt.trainer._accumulate import accumulate
+from tinygpt.trainer._batches import find_non_finite
+from tinygpt.trainer._micro_batches import MicroBatchRows
 
 
 class StepResult(NamedTuple):
@@ -62,6 +64,7 @@ def train_step(
     *,
     index: int,
     batch_tokens: int | None,
+    rows: MicroBatchRows,
     grad_clip: float | None,
     update: Update,
     last_saved: Callable[[], Path | None],
@@ -75,38 +78,26 @@ def train_step(
         batches: Where micro-batches come from.
         index: Number of the step, for messages.
         batch_tokens: Tokens of a step; `None` for one micro-batch.
+        rows: How many rows are computed at a time.
         grad_clip: Largest norm of the gradient.
         update: Lets the optimizer change the weights.
         last_saved: Returns the last good checkpoint, for messages.
 
     Raises:
-        ConfigError: If batches do not make up `batch_tokens`, or `loss_fn` returns something else.
+        ConfigError: If batches do not make up `batch_tokens`, `loss_fn` returns something else, or memory runs out with
+            a single row.
         DataError: If the batches end or hold no target.
         NonFiniteError: If loss or gradient is not finite; weights and optimizer are as before.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     device = next(model.parameters()).device
     model.train()
-    model.zero_grad()  # whatever a failed step or the user's own backward left there
-    losses: list[Tensor] = []
-    counts: list[Tensor] = []
-    read: list[Batch] = []
-    expected = 0
-    for batch in read_micro_batches(batches, batch_tokens, index):
-        expected = batch_tokens or batch.targets.numel()
-        read.append(batch)
-        loss = loss_fn(model, to_device(batch, device))
-        if not isinstance(loss, LossSum):
-            raise ConfigError(f"loss_fn returned a {type(loss).__name__}; return LossSum(sum, count), not a mean.")
-        # Divided by the number of positions here and by the number of targets below where they differ: one
-        # global count over all micro-batches, without waiting for the device to count.
-        (loss.total / expected).backward()  # type: ignore[no-untyped-call]
-        losses.append(loss.total.detach().float())
-        counts.append(loss.count)
+    sums = accumulate(model, loss_fn, batches, index=index, batch_tokens=batch_tokens, rows=rows, device=device)
+    expected, read = sums.expected, sums.batches
     gradients = [p.grad for p in parameters if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients).float()
     # The only wait for the device in a step: all numbers in one transfer. float32 counts exactly to 16.7 million.
-    numbers = torch.stack([*losses, *(count.float() for count in counts), norm]).tolist()
+    numbers = torch.stack([*sums.losses, *(count.float() for count in sums.counts), norm]).tolist()
     totals, count = numbers[: len(read)], sum(numbers[len(read) : -1])
     if count == 0:
         optimizer.zero_grad()

@@ -26,11 +26,12 @@ from tinygpt.trainer._meter import Meter
 from tinygpt.trainer._output import is_own, lock_of, open_output, refuse_taken_folder, was_announced
 from tinygpt.trainer._phases import Course, Phase
 from tinygpt.trainer._plan import check_boundaries, describe_plan, enter_phase
-from tinygpt.trainer._precision import set_precision
+from tinygpt.trainer._precision import prepare_model
 from tinygpt.trainer._progress import progress_bar
 from tinygpt.trainer._rates import Rates
 from tinygpt.trainer._resume import load, newest_whole, refuse_another_course, resume_as_asked
-from tinygpt.trainer._retention import checked_evaluation, due_checkpoint, tidier
+from tinygpt.trainer._retention import due_checkpoint, may_go_on_meanwhile, tidier, with_evaluation
+from tinygpt.trainer._rows import rows_of
 from tinygpt.trainer._saving import Save, Saver, close_at_exit
 from tinygpt.trainer._signals import interruption, report_stop, stop_on_signal
 from tinygpt.trainer._state import capture
@@ -98,21 +99,20 @@ class Trainer:
     ) -> None:
         check_arguments(model, optimizer, loader, config, tokenizer, phases, schedules)
         phases = [Phase(config.num_steps, schedules or {})] if phases is None else phases
-        self.model = model
-        self.optimizer = optimizer
+        self.model, self.optimizer = model, optimizer
         self.course = Course(phases, loader, config.batch_tokens)
         self.measured_on = MeasuredOn(validation)
         self.protected_steps: set[int] = set(self.course.boundaries)
-        self.config = config
-        self.loss_fn = loss_fn
+        self.config, self.loss_fn = config, loss_fn
         self.tokenizer = tokenizer or getattr(loader, "tokenizer", None)
         self.on_save = on_save
         self.device = next(model.parameters()).device
         self.next_step, self.tokens = 0, 0
         self.rates = Rates(optimizer, [phase.schedules for phase in phases], self.course.starts)
         check_boundaries(self.course, self.rates)
-        self.precision = set_precision(model, config, self.device)
+        self.precision = prepare_model(model, config, self.device)
         self._step_loss = compile_parts(model, loss_fn, config.compile, self.device)
+        self.rows = rows_of(self)
         self._meter = Meter(model, self.device, self.precision)
         self._metrics_file: MetricsFile | None = None
         self._last_saved: Path | None = None
@@ -140,6 +140,11 @@ class Trainer:
     def step_tokens(self) -> int | None:
         """Tokens of the next step, as far as settings and loader tell."""
         return self.course.step_tokens(self.course.index_at(self.next_step))
+
+    @property
+    def micro_batch_rows(self) -> int | None:
+        """Rows that are computed at a time; `None` for all, or before `"auto"` has chosen."""
+        return self.rows.rows
 
     @property
     def elapsed_seconds(self) -> float:
@@ -173,6 +178,7 @@ class Trainer:
     def _run(self) -> Generator[StepMetrics, None, None]:
         with self._lock, stop_on_signal() as request:
             self._update.check()
+            self.rows.choose_for(self.loader)
             output = self._open_output()
             try:
                 self._saver.wait()
@@ -252,8 +258,7 @@ class Trainer:
         """
         if event == "evaluation":
             self.measured_on.check(fields.get("data_hash"))
-            if evaluation := checked_evaluation(self.next_step, fields):
-                self.evaluations = [e for e in self.evaluations if e["step"] != self.next_step] + [evaluation]
+            self.evaluations = with_evaluation(self.evaluations, self.next_step, fields)
         with self._lock:
             if output := self._open_output():
                 output.write(event, self.next_step - 1, **fields)
@@ -369,13 +374,13 @@ class Trainer:
             self.course.batches_at(self.next_step),
             index=self.next_step,
             batch_tokens=self.course.batch_tokens[self.course.index_at(self.next_step)],
+            rows=self.rows,
             grad_clip=self.config.grad_clip,
             update=self._update,
             last_saved=self._last_good,
         )
         epoch = getattr(self.loader, "epoch", None)
-        self.tokens += result.tokens
-        self.next_step += 1
+        self.next_step, self.tokens = self.next_step + 1, self.tokens + result.tokens
         return self._meter.measure(self.next_step - 1, result, lead, tokens=self.tokens, epoch=epoch)
 
     def _last_good(self) -> Path | None:
@@ -387,9 +392,7 @@ class Trainer:
         if there is not None and there == self._last_saved:  # by a save_state() of the caller
             tidier(self, there)()
         elif there is not None:
-            # The last one is waited for in any case: a copy would only cost, and a program that ends starts no thread.
-            last = stopping or left or self.next_step == self.config.num_steps
-            background = self.config.save_in_background and not last
+            background = may_go_on_meanwhile(self, leaving=stopping or left)
             self._save(there, tidy=tidier(self, there), background=background, left=left)
 
     def _open_output(self) -> MetricsFile | None:

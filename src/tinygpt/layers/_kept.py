@@ -1,0 +1,23 @@
+"""What layers may do about what autograd keeps for the backward pass."""
+
+import torch
+
+
+def takes_own_backward() -> bool:
+    """Return whether a function with a backward pass of its own may stand here.
+
+    Not without gradients; nor under the compiler, which sees the whole graph and chooses better; nor inside of
+    `torch.func`, which cannot differentiate such functions.
+    """
+    # Private, so asked for: torch refuses such a function inside of torch.func by itself.
+    transforms = getattr(torch._C, "_are_functorch_transforms_active", None)
+    return (
+        torch.is_grad_enabled() and not torch.compiler.is_compiling() and not (transforms is not None and transforms())
+    )
+
+
+def others_choose_what_is_kept() -> bool:
+    """Return whether somebody hooks into what autograd keeps, as activation checkpointing and offloading do."""
+    # Private as well. Hooks inside of theirs take nothing from the result, but from what theirs save.
+    hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return hooks is not None and hooks(True) is not None

@@ -1,0 +1,147 @@
+"""What layers keep for the backward pass: less than their formulas, and the same numbers."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from tinygpt.layers import Linear, LMHead, ReluSquaredMLP, RMSNorm
+from tinygpt.memory._ledger import Ledger
+
+
+def plain_mlp(mlp: ReluSquaredMLP, x: Tensor) -> Tensor:
+    return F.linear(F.relu(F.linear(x, mlp.up_proj.weight)) ** 2, mlp.down_proj.weight)
+
+
+def drawn(module: nn.Module) -> nn.Module:
+    torch.manual_seed(0)
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return module
+
+
+def gradients(call: Callable[[Tensor], Tensor], x: Tensor, *parameters: Tensor) -> list[Tensor]:
+    x = x.clone().requires_grad_()
+    out = call(x)
+    weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
+    return [out.detach(), *torch.autograd.grad((out * weights).sum(), [x, *parameters])]
+
+
+@pytest.mark.parametrize("eps", [None, 1e-5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_norm_is_torchs_to_the_bit_and_its_gradient_as_exact(dtype: torch.dtype, eps: float | None) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3, 5, 64)
+    ours = gradients(RMSNorm(64, eps=eps), x.to(dtype))
+    theirs = gradients(lambda x: F.rms_norm(x, (64,), eps=eps), x.to(dtype))
+    exact = gradients(lambda x: F.rms_norm(x, (64,), eps=eps or torch.finfo(dtype).eps), x.to(dtype).double())
+    assert torch.equal(ours[0], theirs[0])
+    errors = [torch.linalg.vector_norm(found[1] - exact[1]).item() for found in (ours, theirs)]
+    assert errors[0] <= 1.5 * errors[1]
+
+
+def test_the_norm_of_zeros_has_a_finite_gradient() -> None:
+    _, grad = gradients(RMSNorm(8), torch.zeros(1, 8))
+    _, expected = gradients(lambda x: F.rms_norm(x, (8,)), torch.zeros(1, 8))
+    torch.testing.assert_close(grad, expected)
+
+
+def test_first_and_second_derivatives_are_right() -> None:
+    x = torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True)
+    for module in (RMSNorm(6, eps=1e-3), drawn(ReluSquaredMLP(6, 10).double())):
+        assert torch.autograd.gradcheck(module, (x,))
+        assert torch.autograd.gradgradcheck(module, (x,))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_feed_forward_layer_is_its_formula_to_the_bit(dtype: torch.dtype) -> None:
+    mlp = drawn(ReluSquaredMLP(8, 32)).to(dtype)
+    x = torch.randn(2, 5, 8, dtype=dtype)
+    ours = gradients(mlp, x, *mlp.parameters())
+    theirs = gradients(lambda x: plain_mlp(mlp, x), x, *mlp.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("surroundings", ["checkpoint", "offloaded", "compiled", "no bias", "frozen input", "func"])
+def test_the_feed_forward_layer_holds_in_every_surrounding(surroundings: str) -> None:
+    mlp = drawn(ReluSquaredMLP(8, 32))
+    x = torch.randn(2, 5, 8)
+    expected = gradients(lambda x: plain_mlp(mlp, x), x, *mlp.parameters())
+    if surroundings == "checkpoint":
+        found = gradients(lambda x: checkpoint(mlp, x, use_reentrant=False), x, *mlp.parameters())
+    elif surroundings == "offloaded":
+        with save_on_cpu():
+            found = gradients(mlp, x, *mlp.parameters())
+    elif surroundings == "compiled":
+        found = gradients(torch.compile(mlp, backend="aot_eager", fullgraph=True), x, *mlp.parameters())
+    elif surroundings == "frozen input":
+        out = mlp(x)
+        weights = torch.linspace(-1, 1, out.numel()).view_as(out)
+        found = [out, expected[1], *torch.autograd.grad((out * weights).sum(), list(mlp.parameters()))]
+    elif surroundings == "func":
+        weights = torch.linspace(-1, 1, x.numel()).view_as(x)
+        found = [*expected]
+        found[1] = torch.func.grad(lambda x: (mlp(x) * weights).sum())(x)
+    else:
+        mlp.down_proj = nn.Linear(32, 8)  # another layer in its place, which keeps its input as it likes
+        down = mlp.down_proj
+        expected = gradients(
+            lambda x: down(F.relu(F.linear(x, mlp.up_proj.weight)) ** 2), x, mlp.up_proj.weight, down.weight
+        )
+        found = gradients(mlp, x, mlp.up_proj.weight, down.weight)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+def kept_numbers(module: nn.Module, *shape: int) -> int:
+    """Return how many numbers a call keeps for the backward pass, what it returns included."""
+    module = module.to("meta")
+    x = torch.empty(*shape, device="meta", requires_grad=True)
+    ledger = Ledger([x, *module.parameters()], block=1)
+    with ledger:
+        out = module(x)
+        kept = sum(ledger.alive().values())
+    assert out.requires_grad
+    return kept // 4
+
+
+def test_norm_and_feed_forward_layer_keep_what_they_say() -> None:
+    assert kept_numbers(RMSNorm(64), 10, 64) == 10 * 64 + 10  # the result and a number a row
+    assert kept_numbers(ReluSquaredMLP(64, 256), 10, 64) == 10 * 256 + 10 * 64  # relu, and the result
+    mlp = ReluSquaredMLP(64, 256)
+    mlp.down_proj = nn.Linear(256, 64)
+    assert kept_numbers(mlp, 10, 64) == 10 * 256 + 10 * 64
+
+
+def test_without_gradients_one_hidden_layer_less_exists() -> None:
+    mlp, x = ReluSquaredMLP(64, 256).to("meta"), torch.empty(10, 64, device="meta")
+    ledger = Ledger([x, *mlp.parameters()], block=1)
+    with ledger, torch.no_grad():
+        mlp(x)
+    peak, _ = ledger.highest(0, ledger.mark())
+    assert peak == 4 * 2 * 10 * 256
+
+
+def test_the_loss_can_be_differentiated_twice_over_a_kept_graph() -> None:
+    torch.manual_seed(0)
+    head = LMHead(8, 20)
+    x, targets = torch.randn(1, 6, 8, requires_grad=True), torch.randint(20, (1, 6))
+    total, _ = head.loss(x, targets)
+    first = torch.autograd.grad(total, (x, head.weight), retain_graph=True)
+    second = torch.autograd.grad(3 * total, (x, head.weight))
+    for a, b in zip(first, second, strict=True):
+        torch.testing.assert_close(3 * a, b)
+
+
+def test_linear_keeps_its_dtype_rules_inside() -> None:
+    mlp = drawn(ReluSquaredMLP(8, 32))
+    out = mlp(torch.randn(3, 8, dtype=torch.bfloat16, requires_grad=True))
+    out.float().sum().backward()
+    assert out.dtype == torch.bfloat16
+    assert isinstance(mlp.up_proj, Linear)
+    assert mlp.up_proj.weight.grad is not None
+    assert mlp.up_proj.weight.grad.dtype == torch.float32
