@@ -6,6 +6,7 @@ architecture through SDPA, all logits at once, `torch.autocast` in bfloat16, who
 `torch.optim.Muon` and fused AdamW. `--parts` chooses tables:
 
 - variants: the documented model, plain and with our options, at `--rows` x `--seq`;
+- fp8: products in eight and in sixteen bits at depth 20, where they are large enough to gain;
 - batch, context, depth: the curves of our standard settings.
 
 A case that does not fit in memory is a row that says so. Without a GPU only `--quick` runs, which shows that the script
@@ -26,11 +27,14 @@ from training_step import PlainGPT
 
 from tinygpt import GPT, GPTConfig
 from tinygpt.data import Batch
+from tinygpt.layers import MatmulPrecision, set_matmul_precision
 from tinygpt.losses import next_token_loss
 from tinygpt.metrics import peak_flops
+from tinygpt.model import ActivationCheckpointing
 from tinygpt.optim import MuonAdamW, nanochat_rules, param_groups
+from tinygpt.trainer._compile import Compile, compile_parts
 
-PARTS = ("variants", "batch", "context", "depth")
+PARTS = ("variants", "fp8", "batch", "context", "depth")
 
 
 class Case(NamedTuple):
@@ -40,9 +44,10 @@ class Case(NamedTuple):
     config: GPTConfig
     rows: int
     kind: str = "tinygpt"
-    compile: str = "block"  # "none", "block" or "model"
-    checkpointing: str = "none"
-    matmul: str = "bfloat16"
+    compile: Compile = "block"
+    checkpointing: ActivationCheckpointing = "none"
+    products: MatmulPrecision | None = None
+    rows_of_tables: bool = False  # whether token tables keep a second moment a row
     micro_batches: int = 1
 
 
@@ -94,20 +99,17 @@ def tinygpt_step(case: Case, device: torch.device) -> Step:
     torch.manual_seed(0)
     model = GPT.from_config(case.config).to(device)
     model.set_compute_dtype(torch.bfloat16, embeddings=True)
-    optimizer = MuonAdamW(
-        param_groups(model, nanochat_rules(model_dim=case.config.dim)), compile=case.compile != "none"
-    )
-    if case.compile == "model":
-        model.compile(dynamic=False)
-    elif case.compile == "block":
-        for block in model.blocks:
-            block.compile(dynamic=False)
+    model.set_activation_checkpointing(case.checkpointing)
+    set_matmul_precision(model, case.products)
+    rules = nanochat_rules(model_dim=case.config.dim, table_second_moment="row" if case.rows_of_tables else "element")
+    optimizer = MuonAdamW(param_groups(model, rules), compile="auto" if case.compile else False)
+    loss_fn = compile_parts(model, next_token_loss, case.compile, device)
     batches = [batch(case, device, number) for number in range(case.micro_batches)]
     targets = sum(part.targets.numel() for part in batches)
 
     def step() -> None:
         for part in batches:
-            (next_token_loss(model, part).total / targets).backward()  # type: ignore[no-untyped-call]
+            (loss_fn(model, part).total / targets).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         optimizer.zero_grad()
 
@@ -184,16 +186,24 @@ def variants(config: GPTConfig, args: argparse.Namespace) -> list[Case]:
     ours = Case("tinygpt", config, args.rows, micro_batches=args.micro_batches)
     return [
         ours._replace(name="plain PyTorch, compiled whole", kind="plain", compile="model"),
-        ours._replace(name="plain PyTorch, eager", kind="plain", compile="none"),
-        ours._replace(name="tinygpt, eager", compile="none"),
+        ours._replace(name="plain PyTorch, eager", kind="plain", compile=False),
+        ours._replace(name="tinygpt, eager", compile=False),
         ours._replace(name="tinygpt, compiled by block"),
         ours._replace(name="tinygpt, compiled whole", compile="model"),
+        ours._replace(name="tinygpt, moments of tables by rows", rows_of_tables=True),
+        ours._replace(name="tinygpt, feed-forward recomputed", checkpointing="mlp"),
+        ours._replace(name="tinygpt, blocks recomputed", checkpointing="block"),
+        ours._replace(name="tinygpt, products in fp8", products="fp8"),
+        ours._replace(name="tinygpt, products in int8", products="int8"),
     ]
 
 
 def curves(part: str, config: GPTConfig, args: argparse.Namespace) -> list[Case]:
     """Return the cases of a curve: the tokens of a micro-batch stay the same over context and depth."""
     tokens = args.rows * config.max_seq_len
+    if part == "fp8":
+        deep = Case("bfloat16", GPTConfig.from_depth(20, max_seq_len=config.max_seq_len), args.rows)
+        return [deep, deep._replace(name="fp8", products="fp8"), deep._replace(name="int8", products="int8")]
     if part == "batch":
         return [Case(f"{rows} rows", config, rows) for rows in (1, 2, 4, 8, 16, 32)]
     if part == "context":
@@ -223,7 +233,7 @@ def main() -> None:
         print(part, flush=True)
         cases = variants(config, args) if part == "variants" else curves(part, config, args)
         if args.quick:  # nothing that needs a compiler
-            cases = [case for case in cases if case.compile == "none"]
+            cases = [case for case in cases if case.compile is False]
         device = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
         report(
             f"gpu_training_{part}",
