@@ -35,8 +35,7 @@ def multiplies_bfloat16_fast(device: torch.device) -> bool:
 
 def set_precision(model: nn.Module, config: TrainerConfig, device: torch.device) -> torch.dtype:
     """Give the model its compute dtype and return it; let its matrices multiply in what the config says."""
-    if config.matmul_precision is not None:
-        set_matmul_precision(model, config.matmul_precision)
+    set_matmul_precision(model, config.matmul_precision)  # also None: an earlier trainer may have set something
     precision = config.precision
     setter = getattr(model, "set_compute_dtype", None)
     chosen = getattr(model, "compute_dtype", None)
