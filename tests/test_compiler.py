@@ -13,6 +13,7 @@ import torch
 
 from tinygpt import compiler
 from tinygpt.compiler import compiler_problem
+from tinygpt.errors import ConfigError
 
 WITHOUT_COMPILER = """
 import warnings
@@ -84,6 +85,11 @@ def test_a_compiler_that_fails_or_computes_something_else_is_told(
     compiler._problem.cache_clear()
     monkeypatch.setattr(torch, "compile", lambda function, **options: lambda x: x)
     assert compiler_problem("cpu") == "torch.compile computes wrong numbers on cpu here."
+
+
+def test_a_device_that_torch_does_not_know_is_refused() -> None:
+    with pytest.raises(ConfigError, match="device='gpu' is none that torch knows; choose cpu, cuda"):
+        compiler_problem("gpu")
 
 
 def test_a_device_that_is_not_there_is_a_problem_and_no_error() -> None:

@@ -94,11 +94,13 @@ def test_training_in_eight_bits_learns_what_bfloat16_does(precision: Any, compil
 
 
 @pytest.mark.parametrize("precision", ["fp8", "int8"])
-def test_products_in_eight_bits_are_those_of_a_cpu(precision: str) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_products_in_eight_bits_are_those_of_a_cpu(precision: str, dtype: torch.dtype) -> None:
     if precision == "fp8" and torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("fp8 needs compute capability 8.9")
     torch.manual_seed(0)
-    x, weight, grad = torch.randn(100, 256).bfloat16(), torch.randn(512, 256) * 0.06, torch.randn(100, 512).bfloat16()
+    x, weight, grad = torch.randn(100, 256).to(dtype), torch.randn(512, 256) * 0.06, torch.randn(100, 512).to(dtype)
+    grad *= 1e-3  # whose factor float16 does not hold
     found = []
     for device in ("cpu", "cuda"):
         a, w = (t.to(device, copy=True).requires_grad_() for t in (x, weight))

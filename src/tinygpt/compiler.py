@@ -6,6 +6,8 @@ import warnings
 import torch
 from torch import Tensor
 
+from tinygpt.errors import ConfigError
+
 
 def compiler_problem(device: torch.device | str) -> str | None:
     """Say why `torch.compile` cannot be used on a device, or return `None` if it can.
@@ -20,6 +22,9 @@ def compiler_problem(device: torch.device | str) -> str | None:
     Returns:
         One line for people.
 
+    Raises:
+        ConfigError: If torch knows no such device.
+
     Example:
         ```python
         from tinygpt.compiler import compiler_problem
@@ -27,7 +32,11 @@ def compiler_problem(device: torch.device | str) -> str | None:
         print(compiler_problem("cpu") or "torch.compile works")
         ```
     """
-    return _problem(str(torch.device(device)))
+    try:
+        known = torch.device(device)
+    except RuntimeError:
+        raise ConfigError(f"device={device!r} is none that torch knows; choose cpu, cuda, cuda:1 or mps.") from None
+    return _problem(str(known))
 
 
 @functools.cache

@@ -127,6 +127,43 @@ def test_what_is_not_finite_stays_so(precision: str) -> None:
     assert torch.equal(zeros, torch.zeros(32, 32))
 
 
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("tokens", [(0,), (2, 0)])
+def test_no_tokens_make_an_empty_output_and_no_gradient(precision: str, tokens: tuple[int, ...]) -> None:
+    y, grad_x, grad_weight = products(randn(*tokens, 64), randn(32, 64), randn(*tokens, 32), precision)
+    assert (y.shape, grad_x.shape) == ((*tokens, 32), (*tokens, 64))
+    assert torch.equal(grad_weight, torch.zeros(32, 64))
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_under_autocast_the_output_has_its_dtype(precision: Any) -> None:
+    layer, x = Linear(64, 32, bias=True), randn(4, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = layer(x)
+        set_matmul_precision(layer, precision)
+        y = layer(x)
+    assert y.dtype == plain.dtype == torch.bfloat16
+    y.sum().backward()
+    assert layer.weight.grad is not None
+    assert layer.weight.grad.dtype == torch.float32
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler looks at attributes that warn when looked at
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_trace_of_the_compiler_takes_a_layer_whole(precision: Any) -> None:
+    layer = Linear(64, 32)
+    set_matmul_precision(layer, precision)
+    found = []
+    for call in (layer, torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=False)):
+        layer.zero_grad()
+        x = randn(5, 64).requires_grad_()
+        y = call(x)
+        y.square().sum().backward()
+        found.append([y, x.grad, layer.weight.grad])
+    for plain, compiled in zip(*found, strict=True):
+        assert torch.equal(plain, compiled)
+
+
 @pytest.mark.filterwarnings("ignore")  # torchao warns at import of what it cannot load
 def test_products_are_those_of_torchao() -> None:
     """With the option that torchao has for factors that are powers of two: to the last bit, as recorded at 0.18."""
@@ -218,6 +255,15 @@ def test_a_run_in_eight_bits_is_resumed_to_the_same_bits_and_can_be_left(tmp_pat
     assert len(found) == 3
 
 
+def test_a_trainer_without_it_sets_back_what_another_set() -> None:
+    model = small_model()
+    layer = model.blocks[0].attention.q_proj
+    make_trainer(model=model, matmul_precision="int8")
+    assert layer.matmul_precision == "int8"
+    make_trainer(model=model)
+    assert layer.matmul_precision is None
+
+
 class _Narrow(nn.Module):
     def __init__(self, *widths: int) -> None:
         super().__init__()
@@ -246,6 +292,9 @@ def test_a_kernel_that_fails_or_is_wrong_is_refused_with_its_reason(monkeypatch:
 
     monkeypatch.setattr(torch, "_int_mm", missing)
     with pytest.raises(ConfigError, match=r"int8 products do not work on cpu: torch says: no kernel image$"):
+        set_matmul_precision(model, "int8")
+    monkeypatch.setattr(torch, "_int_mm", lambda a: a)
+    with pytest.raises(ConfigError, match=r"torch says: .*takes 1 positional argument"):
         set_matmul_precision(model, "int8")
     monkeypatch.setattr(torch, "_int_mm", lambda a, b: torch.zeros(len(a), b.shape[1], dtype=torch.int32))
     with pytest.raises(ConfigError, match="a product came out wrong by 100%"):

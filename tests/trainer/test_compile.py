@@ -15,6 +15,7 @@ from tinygpt.checkpoint import load_tensors
 from tinygpt.data import Batch
 from tinygpt.errors import ConfigError
 from tinygpt.losses import LossSum, next_token_loss
+from tinygpt.trainer._compile import compile_parts
 
 
 @pytest.fixture
@@ -60,6 +61,21 @@ def test_a_model_without_blocks_is_compiled_as_one(compiled: list[str]) -> None:
     losses = [s.loss for s in make_trainer(model=model, compile="block")]
     assert compiled == ["Sequential"]
     assert losses[-1] < losses[0]
+
+
+class _Named(nn.Sequential):
+    blocks = "encoder, decoder"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_on_a_gpu_auto_compiles_blocks_and_leaves_a_foreign_model_alone(compiled: list[str]) -> None:
+    device = torch.device("cuda")  # nothing is run there
+    assert compile_parts(_Named(nn.Linear(8, 8)), next_token_loss, "auto", device) is next_token_loss
+    assert compiled == []
+    assert compile_parts(_Named(nn.Linear(8, 8)), next_token_loss, "block", device) is next_token_loss
+    assert compiled == ["_Named"]
+    assert compile_parts(make_model(), next_token_loss, "auto", device) is next_token_loss
+    assert compiled == ["_Named", "Block"]
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -49,10 +49,10 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply to the last axis: `(..., in_features)` -> `(..., out_features)` in the dtype of `x`."""
-        bias = None if self.bias is None else self.bias.to(x.dtype)
         if self.matmul_precision is not None and self.training:
             y = low_precision_linear(x, self.weight, self.matmul_precision)
-            return y if bias is None else y + bias
+            return y if self.bias is None else y + self.bias.to(y.dtype)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
         return F.linear(x, self.weight.to(x.dtype), bias)
 
 

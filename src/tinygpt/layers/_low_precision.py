@@ -18,13 +18,18 @@ _SMALLEST = 1e-30
 
 
 def low_precision_linear(x: Tensor, weight: Tensor, precision: str) -> Tensor:
-    """Return `x @ weight.T` with products in `"fp8"` or `"int8"`: `(..., in)` -> `(..., out)` in the dtype of `x`."""
+    """Return `x @ weight.T` with products in `"fp8"` or `"int8"`: `(..., in)` -> `(..., out)` in the dtype of `x`.
+
+    Under autocast its dtype takes the place of that of `x`, as for `F.linear`.
+    """
+    if torch.is_autocast_enabled(x.device.type):  # which reaches torch's own functions only
+        x = x.to(torch.get_autocast_dtype(x.device.type))
     flat = x.reshape(-1, x.shape[-1])
-    missing = -len(flat) % _ROW_MULTIPLE
+    missing = -len(flat) % _ROW_MULTIPLE if len(flat) else _ROW_MULTIPLE
     padded = F.pad(flat, (0, 0, 0, missing)) if missing else flat
     function = _Fp8Linear if precision == "fp8" else _Int8Linear
     y: Tensor = function.apply(padded, weight)  # type: ignore[no-untyped-call]
-    return y[: len(flat)].view(*x.shape[:-1], -1)
+    return y[: len(flat)].view(*x.shape[:-1], len(weight))
 
 
 class _Fp8Linear(torch.autograd.Function):
@@ -59,6 +64,8 @@ def _to_fp8(tensor: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
     A power of two moves no bits, so each number is rounded once, and no float32 copy is needed.
     """
+    if tensor.dtype == torch.float16:  # in which the factor of small gradients would be infinite
+        tensor = tensor.float()
     largest = tensor.abs().amax().float().clamp_min(_SMALLEST)
     factor = torch.finfo(dtype).max / largest
     factor = factor.view(torch.int32).bitwise_and(0x7F800000).view(torch.float32)  # the exponent alone

@@ -104,7 +104,8 @@ def _problem(precision: str, device: torch.device) -> str | None:
         with torch.enable_grad():
             y = low_precision_linear(x, weight, precision)
         computed = [y.detach(), *torch.autograd.grad(y, (x, weight), grad.bfloat16())]
-    except (RuntimeError, AttributeError, NotImplementedError) as error:
-        return f"torch says: {str(error).strip().splitlines()[0][:200]}"
+    except Exception as error:  # private functions of torch: another version may refuse them in any way
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        return f"torch says: {lines[0][:200]}"
     worst = max(float((a.float() - b).norm() / b.norm()) for a, b in zip(computed, exact, strict=True))
     return None if worst <= _MOST_ERROR[precision] else f"a product came out wrong by {worst:.0%}."

@@ -20,7 +20,8 @@ def compile_parts(model: nn.Module, loss_fn: LossFunction, setting: Compile, dev
 
     Args:
         model: Compiled block by block for `True`, `"block"` and, on CUDA, `"auto"`: equal blocks share their code, so
-            that depth costs no compilation. A model without `blocks` is compiled as one.
+            that depth costs no compilation. A model without `blocks` is compiled as one where it is asked for;
+            `"auto"` leaves it alone, as nobody knows how a foreign model compiles, or to which lengths.
         loss_fn: Compiled with all it calls for `"model"`.
         setting: As in `TrainerConfig`.
         device: Where the model is.
@@ -28,7 +29,9 @@ def compile_parts(model: nn.Module, loss_fn: LossFunction, setting: Compile, dev
     Returns:
         What to call on each micro-batch.
     """
-    if setting is False or (setting == "auto" and device.type != "cuda"):
+    blocks = getattr(model, "blocks", None)
+    parts = list(blocks) if isinstance(blocks, nn.ModuleList | nn.Sequential) else []
+    if setting is False or (setting == "auto" and (device.type != "cuda" or not parts)):
         return loss_fn
     if (problem := compiler_problem(device)) is not None:
         # Also for "auto": on a GPU it costs speed, and people do not expect it.
@@ -36,7 +39,6 @@ def compile_parts(model: nn.Module, loss_fn: LossFunction, setting: Compile, dev
         return loss_fn
     if setting == "model":
         return torch.compile(loss_fn, dynamic=False)
-    blocks = getattr(model, "blocks", [model])
-    for block in blocks:
-        block.compile(dynamic=False)
+    for part in parts or [model]:
+        part.compile(dynamic=False)
     return loss_fn

@@ -34,9 +34,9 @@ class TrainerConfig(Config):
         keep_best: Keep as many with the lowest `bpb` as well, of those that `trainer.record("evaluation", bpb=...,
             data_hash=...)` was called for at their step. Only scores on the data measured last are compared.
         compile: Compile with `torch.compile` at the first step: `"block"` or `True` each block, which equal blocks
-            share; `"model"` loss and model as one, which takes longer to compile and may run a little faster; `"auto"`
-            blocks on CUDA and nothing elsewhere. Where there is no working compiler training goes on without, after a
-            warning.
+            share, or a model without `blocks` as one; `"model"` loss and model as one, which takes longer to compile
+            and may run a little faster; `"auto"` the `blocks` of a model on CUDA and nothing else. Where there is
+            no working compiler training goes on without, after a warning.
         micro_batch_rows: Rows of the loader's batch that are computed at a time; the sum over them is the same up to
             rounding, and what the loader does does not change. `"auto"` takes what `tinygpt.memory` plans for the
             memory that is free, and halves it when memory runs out nevertheless. `None` for all.

@@ -16,8 +16,7 @@ def prepare_model(model: nn.Module, config: TrainerConfig, device: torch.device)
     Raises:
         ConfigError: If it cannot.
     """
-    if config.matmul_precision is not None:
-        set_matmul_precision(model, config.matmul_precision)
+    set_matmul_precision(model, config.matmul_precision)  # also None: an earlier trainer may have set something
     dtype = set_precision(model, config.precision, device)
     if config.activation_checkpointing is not None:
         setter = getattr(model, "set_activation_checkpointing", None)

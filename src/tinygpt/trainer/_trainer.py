@@ -104,8 +104,7 @@ class Trainer:
         self.measured_on = MeasuredOn(validation)
         self.protected_steps: set[int] = set(self.course.boundaries)
         self.config, self.loss_fn = config, loss_fn
-        self.tokenizer = tokenizer or getattr(loader, "tokenizer", None)
-        self.on_save = on_save
+        self.tokenizer, self.on_save = tokenizer or getattr(loader, "tokenizer", None), on_save
         self.device = next(model.parameters()).device
         self.next_step, self.tokens = 0, 0
         self.rates = Rates(optimizer, [phase.schedules for phase in phases], self.course.starts)
@@ -117,9 +116,8 @@ class Trainer:
         self._metrics_file: MetricsFile | None = None
         self._last_saved: Path | None = None
         self._unrecorded: StepMetrics | None = None
-        self._update = Update(optimizer)
+        self._update, self._saver = Update(optimizer), Saver(self._report_save)
         self.evaluations: list[dict[str, Any]] = []
-        self._saver = Saver(self._report_save)
         self._lock = lock_of(config.out_dir)
 
     @property
