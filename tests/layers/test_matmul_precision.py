@@ -257,11 +257,10 @@ def test_a_run_in_eight_bits_is_resumed_to_the_same_bits_and_can_be_left(tmp_pat
 
 def test_a_trainer_without_it_sets_back_what_another_set() -> None:
     model = small_model()
-    layer = model.blocks[0].attention.q_proj
-    make_trainer(model=model, matmul_precision="int8")
-    assert layer.matmul_precision == "int8"
-    make_trainer(model=model)
-    assert layer.matmul_precision is None
+    layer = model.get_submodule("blocks.0.attention.q_proj")
+    for precision in ("int8", None):
+        make_trainer(model=model, matmul_precision=precision)
+        assert layer.matmul_precision == precision
 
 
 class _Narrow(nn.Module):

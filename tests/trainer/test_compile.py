@@ -13,7 +13,7 @@ from torch import nn
 from small_runs import everything, make_model, make_trainer, steps_of
 from tinygpt.checkpoint import load_tensors
 from tinygpt.data import Batch
-from tinygpt.errors import ConfigError
+from tinygpt.errors import ConfigError, NonFiniteError
 from tinygpt.losses import LossSum, next_token_loss
 from tinygpt.trainer._compile import compile_parts
 
@@ -103,6 +103,19 @@ def test_a_run_is_resumed_under_another_setting(compiled: list[str], tmp_path: P
     assert ends[0] == ends[1]
     names = load_tensors(tmp_path / "parts" / "checkpoints" / "step-000002" / "model.safetensors").keys()
     assert set(names) == {name for name, _ in make_model().named_parameters()}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_rows_that_are_not_finite_are_found_without_compiling_anew(compiled: list[str]) -> None:
+    def broken(model: nn.Module, batch: Batch) -> LossSum:
+        total, count = next_token_loss(model, batch)
+        return LossSum(total * float("nan"), count)
+
+    torch._dynamo.utils.counters.clear()
+    with pytest.raises(NonFiniteError, match="micro-batch 0 rows 0, 1"):
+        list(make_trainer(compile="block", arguments={"loss_fn": broken}))
+    assert compiled == ["Block"]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 def test_an_unknown_setting_is_refused() -> None:

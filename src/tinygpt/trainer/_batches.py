@@ -63,7 +63,10 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 def find_non_finite(
     model: nn.Module, loss_fn: LossFunction, batches: list[Batch], totals: list[float], device: torch.device
 ) -> str:
-    """Say in which micro-batches and rows the loss is not finite, by computing it row by row."""
+    """Say in which micro-batches and rows the loss is not finite, by computing it row by row.
+
+    Uncompiled, as single rows would be a new shape to compile, for minutes, before anything is said.
+    """
     places = []
     for index, total in enumerate(totals):
         if math.isfinite(total):
@@ -71,7 +74,7 @@ def find_non_finite(
         rows = []
         for row in range(len(batches[index].inputs)):
             single = Batch(*(part[row : row + 1] for part in batches[index]))
-            with torch.no_grad():
+            with torch.no_grad(), torch.compiler.set_stance("force_eager"):
                 if not math.isfinite(float(loss_fn(model, to_device(single, device)).total)):
                     rows.append(str(row))
         places.append(f"micro-batch {index} " + (f"rows {', '.join(rows)}" if rows else "as a whole"))
