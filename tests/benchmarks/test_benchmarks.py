@@ -24,6 +24,7 @@ FILES = {
     "import_time": {"import_time": {"over_torch_seconds"}},
     "loader": {"loader": {"tokens_per_second"}},
     "loss": {"loss": {"extra_mib"}},
+    "memory": {"memory": {"predicted_mib", "measured_mib", "error", "whole_error"}},
     "optimizer_step": {"optimizer_step": {"extra_mib", "extra_fraction"}},
     "packing": {"packing": {"rows_per_second", "lost_fraction"}},
     "training_step": {"training_step": set()},
