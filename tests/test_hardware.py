@@ -3,7 +3,7 @@
 import pytest
 
 from tinygpt.errors import ConfigError
-from tinygpt.hardware import memory_bandwidth, peak_flops
+from tinygpt.hardware import memory_bandwidth, memory_bytes, peak_flops, similar_names
 
 
 @pytest.mark.parametrize(
@@ -68,3 +68,18 @@ def test_a_device_without_the_units_gives_none() -> None:
 def test_an_unknown_dtype_is_refused() -> None:
     with pytest.raises(ConfigError, match="dtype='int4' is not in the table; choose bfloat16, float16, float32"):
         peak_flops("RTX 4090", "int4")
+
+
+@pytest.mark.parametrize(
+    ("name", "gib"),
+    [("RTX 3060", 12), ("RTX 4070", 12), ("RTX 4070 Ti SUPER", 16), ("NVIDIA GeForce RTX 4090", 24), ("RTX 5090", 32),
+     ("NVIDIA A100-SXM4-40GB", 40), ("NVIDIA H200", 141), ("Tesla T4", 16), ("no such card", None)],
+)  # fmt: skip
+def test_memory_is_what_the_box_says(name: str, gib: int | None) -> None:
+    assert memory_bytes(name) == (None if gib is None else gib * 2**30)
+
+
+def test_an_unknown_name_has_near_ones() -> None:
+    assert similar_names("RTX 4075")[0] == "RTX 4070"
+    assert "RTX 3060" in similar_names("geforce 3060")
+    assert similar_names("toaster") == []

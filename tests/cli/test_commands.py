@@ -259,6 +259,7 @@ def test_plan_as_text_as_json_and_as_a_recipe(here: Path, recipe_file: Path, cap
     assert "on one RTX 4070, if it reaches 25% of its peak" in capsys.readouterr().out
     plan = run_json(capsys, "plan", str(recipe_file))
     assert (plan["num_steps"], plan["tokens"], plan["seconds"]) == (6, 768, None)
+    assert plan["advice"] is plan["fits"] is None
     assert run("plan", "--depth", "12", "--gpu", "RTX 4070", "--show-recipe") == 0
     Path("own.json").write_text(capsys.readouterr().out)
     assert Recipe.load("own.json").model.dim == 768
@@ -432,3 +433,29 @@ def test_nothing_is_coloured_where_there_is_no_terminal(finished_run: Path, caps
         assert run(*command) == 0
         printed = capsys.readouterr()
         assert "\x1b" not in printed.out + printed.err
+
+
+def test_plan_says_what_to_choose_in_a_budget(recipe_file: Path, capsys: Captured) -> None:
+    plan = run_json(capsys, "plan", str(recipe_file), "--memory", "6.5 GiB")
+    assert plan["memory_budget"] == 6.5 * 2**30
+    assert plan["fits"] is True
+    advice = plan["advice"]
+    assert advice["memory"]["total"] == sum(plan["memory_bytes"].values())
+    assert run("plan", str(recipe_file), "--memory", "1MB") == 0
+    text = capsys.readouterr().out
+    assert "does not fit" in text
+    assert "nothing fits 1 MiB" in text
+    options = ["--micro-batch-rows", "1", "--loss-chunk-tokens", "16", "--activation-checkpointing", "mlp"]
+    leaner = run_json(capsys, "plan", str(recipe_file), *options)
+    assert sum(leaner["memory_bytes"].values()) < sum(plan["memory_bytes"].values())
+
+
+@pytest.mark.parametrize("size", ["much", "0GB", "-1GB", "8 bytes"])
+def test_plan_refuses_a_size_that_is_none(recipe_file: Path, capsys: Captured, size: str) -> None:
+    assert run("plan", str(recipe_file), f"--memory={size}") == 2
+    assert f"--memory {size!r} is no size; write a number and a unit" in capsys.readouterr().err
+
+
+def test_plan_names_near_cards_for_one_that_is_not_known(recipe_file: Path, capsys: Captured) -> None:
+    assert run("plan", str(recipe_file), "--gpu", "RTX 4075") == 2
+    assert "'RTX 4070'" in capsys.readouterr().err

@@ -7,7 +7,7 @@ from torch import nn
 
 from tinygpt import GPT, GPTConfig
 from tinygpt.data import Batch, BatchLoader, TextDocuments, ValidationSet
-from tinygpt.errors import DataError
+from tinygpt.errors import ConfigError, DataError
 from tinygpt.evals import BpbReport, evaluate_bpb, unigram_bpb
 from tinygpt.tokenizer import ByteTokenizer
 
@@ -99,3 +99,8 @@ def test_comparing_figures_on_different_sets_warns_and_names_both() -> None:
         UserWarning, match=f"different validation sets .*{one.data_hash[:12]} and {other.data_hash[:12]}"
     ):
         assert one.compare(other) == other.bpb - one.bpb
+
+
+def test_no_rows_are_refused() -> None:
+    with pytest.raises(ConfigError, match="micro_batch_rows=0 is no number of rows"):
+        evaluate_bpb(Even(), validation_set(), micro_batch_rows=0)

@@ -92,7 +92,7 @@ def test_each_way_to_recompute_takes_less_and_rows_take_in_proportion() -> None:
     assert totals[0] > 1.25 * totals[1] > 3 * totals[2]
     model.set_activation_checkpointing("none")
     kept = [training_memory(model, optimizer, rows=rows, seq_len=512).activations for rows in (1, 2, 3)]
-    assert kept[2] - kept[1] == pytest.approx(kept[1] - kept[0], rel=1e-3)
+    assert kept[2] - kept[1] == pytest.approx(kept[1] - kept[0], rel=1e-2)
 
 
 def test_model_and_optimizer_stay_as_they_are() -> None:

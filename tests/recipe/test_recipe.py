@@ -315,6 +315,11 @@ def test_the_plan_of_the_documented_run_has_its_known_figures() -> None:
     assert plan.num_parameters == sum(plan.parameters.values()) == 286_261_730
     assert plan.tokens == 87_000 * 65_536
     assert plan.seconds == pytest.approx(28.4 * 3600, rel=0.01)  # 28.4 hours at 49 of 58 TFLOP/s
+    assert plan.tokens_per_second == pytest.approx(55_670, rel=0.01)  # as it was measured
+    assert plan.memory_budget == 11 * 2**30
+    assert plan.fits
+    assert plan.advice is not None
+    assert plan.advice.rows == 8
     assert plan.phases[0]["rates"]["first"]["lr"] == pytest.approx(0.02 * lr_factor(65_536) / 40)
     assert json.loads(json.dumps(plan.to_dict()))["precision"] == "bfloat16"
     for part in ("286,261,730 parameters", "5,701,632,000 in 87,000 steps", "28.4 hours on one RTX 4070", "85%"):
@@ -446,3 +451,28 @@ def test_a_run_branches_from_a_checkpoint_of_another_one_bit_for_bit(tmp_path: P
     assert last_state(whole.out_dir) == last_state(branch.out_dir)
     shutil.rmtree(whole.out_dir)
     assert tiny().build(branch.out_dir).fit(branch_from=start, progress=False) is None
+
+
+def test_what_saves_memory_reaches_model_and_trainer(tmp_path: Path) -> None:
+    options = {"micro_batch_rows": 1, "activation_checkpointing": "block", "loss_chunk_tokens": 32}
+    run = tiny(**options).build(tmp_path / "run")
+    plain = tiny().build(tmp_path / "plain")
+    assert run.trainer.model.activation_checkpointing == "block"
+    assert run.trainer.model.head.chunk_tokens == 32
+    assert run.trainer.micro_batch_rows == 1
+    found, expected = (each.fit(progress=False) for each in (run, plain))
+    assert found is not None
+    assert expected is not None
+    assert found.loss == pytest.approx(expected.loss, rel=1e-4)
+    assert Recipe.load(tmp_path / "run").micro_batch_rows == 1
+
+
+def test_rows_may_be_left_to_the_machine(tmp_path: Path) -> None:
+    run = tiny(micro_batch_rows="auto").build(tmp_path / "run")
+    run.fit(progress=False)
+    assert run.trainer.micro_batch_rows == run.recipe.data.rows
+
+
+def test_no_memory_is_refused() -> None:
+    with pytest.raises(ConfigError, match="memory_bytes=0 is no memory to train in"):
+        tiny().plan(memory_bytes=0)

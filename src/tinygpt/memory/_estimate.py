@@ -150,7 +150,7 @@ class MeasuredStep:
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         ledger = Ledger([*self._tensors, *gradients, ids], block=_BLOCK.get(self.device_type, _GPU_BLOCK))
         self.model.train()
-        with ledger, KernelsOf(self.device_type), torch.enable_grad():
+        with ledger, KernelsOf(self.device_type), torch.enable_grad(), torch.random.fork_rng(devices=[]):
             try:
                 total = self._loss_fn(self.model, Batch(ids, ids))[0]
                 middle, kept = ledger.mark(), ledger.alive()
