@@ -2,8 +2,9 @@
 
 Dense rates without sparsity, at the vendor's boost clock. On GeForce cards the 16-bit tensor cores run at half rate
 when they accumulate in float32, which is what torch does, so the rate here is twice the float32 shader rate. Memory
-is from the same pages as the rates; where one name stands for two sizes it is the smaller. A device that is not listed
-gives None: a wrong peak is worse than none.
+is from the same pages as the rates; where one name stands for two sizes it is the smaller, but for the RTX 3060 the
+common one. Cards with GDDR memory that are sold with error correction on lose a sixteenth of it. A device that is not
+listed gives None: a wrong peak is worse than none.
 """
 
 import difflib
@@ -22,7 +23,7 @@ class _Device(NamedTuple):
     float16: float | None
     float32: float | None
     bandwidth: float | None
-    memory: int
+    memory: float
 
 
 def _geforce(cores: int, boost_mhz: int, bandwidth: float, memory: int) -> _Device:
@@ -69,15 +70,16 @@ _DEVICES = {
     "H100 80GB HBM3": _Device(989.4, 989.4, 66.9, 3350.0, 80),
     "H100 PCIe": _Device(756.5, 756.5, 51.2, 2000.0, 80),
     "H100 NVL": _Device(835.5, 835.5, 60.0, 3900.0, 94),
-    "H200": _Device(989.4, 989.4, 66.9, 4800.0, 141),
-    # NVIDIA L4, L40S, A10, A30 and A40 datasheets.
-    "L4": _Device(121.0, 121.0, 30.3, 300.0, 24),
-    "L40S": _Device(362.05, 362.05, 91.6, 864.0, 48),
-    "A10": _Device(125.0, 125.0, 31.2, 600.0, 24),
+    "H200": _Device(989.4, 989.4, 66.9, 4800.0, 140),
+    # NVIDIA L4, L40S, A10, A30 and A40 datasheets. What nvidia-smi says they have is as here: 23,034 MiB of the 24 GB of
+    # an L4 and 46,068 MiB of the 48 GB of an L40S, https://github.com/modal-labs/modal-client/pull/2797.
+    "L4": _Device(121.0, 121.0, 30.3, 300.0, 22.5),
+    "L40S": _Device(362.05, 362.05, 91.6, 864.0, 45),
+    "A10": _Device(125.0, 125.0, 31.2, 600.0, 22.5),
     "A30": _Device(165.0, 165.0, 10.3, 933.0, 24),
-    "A40": _Device(149.7, 149.7, 37.4, 696.0, 48),
+    "A40": _Device(149.7, 149.7, 37.4, 696.0, 45),
     # NVIDIA T4 and V100 datasheets: no bfloat16 units. Sources for the T4's memory differ (300, 320).
-    "T4": _Device(None, 65.0, 8.1, None, 16),
+    "T4": _Device(None, 65.0, 8.1, None, 15),
     "V100-SXM2-16GB": _Device(None, 125.0, 15.7, 900.0, 16),
     "V100-SXM2-32GB": _Device(None, 125.0, 15.7, 900.0, 32),
     "V100-PCIE-16GB": _Device(None, 112.0, 14.0, 900.0, 16),
@@ -137,13 +139,13 @@ def memory_bandwidth(device_name: str) -> float | None:
 def memory_bytes(device_name: str) -> int | None:
     """Return the memory of a device in bytes, or None if it is unknown.
 
-    Of it the driver, a desktop and the CUDA context take some hundred MiB, and error correction up to 6 %.
+    Of it the driver, a desktop and the CUDA context take some hundred MiB.
 
     Args:
         device_name: As for `peak_flops`.
     """
     device = _BY_KEY.get(_key(device_name))
-    return device.memory * 2**30 if device else None
+    return int(device.memory * 2**30) if device else None
 
 
 def similar_names(device_name: str) -> list[str]:

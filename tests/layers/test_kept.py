@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.autograd.graph import save_on_cpu
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -145,3 +146,53 @@ def test_linear_keeps_its_dtype_rules_inside() -> None:
     assert isinstance(mlp.up_proj, Linear)
     assert mlp.up_proj.weight.grad is not None
     assert mlp.up_proj.weight.grad.dtype == torch.float32
+
+
+class Halved(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(32, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x.mul_(0.5))
+
+
+def test_a_square_that_a_layer_changes_in_place_is_kept_as_it_is_then() -> None:
+    torch.manual_seed(0)
+    mlp, x = ReluSquaredMLP(8, 32), torch.randn(3, 8)
+    mlp.down_proj = down = Halved()
+    weights = mlp.up_proj.weight, down.linear.weight
+    expected = gradients(lambda x: down.linear(F.relu(F.linear(x, weights[0])) ** 2 * 0.5), x, *weights)
+    for a, b in zip(gradients(mlp, x, *weights), expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_weights_that_change_before_the_backward_pass_are_noticed() -> None:
+    mlp = drawn(ReluSquaredMLP(8, 32))
+    out = mlp(torch.randn(3, 8))
+    with torch.no_grad():
+        mlp.down_proj.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="changed in place before that pass"):
+        out.sum().backward()
+
+
+def test_layers_that_keep_what_has_no_strides_do() -> None:
+    class Sparse(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.sparse.mm(torch.eye(8, 32).to_sparse(), x.T).T
+
+    mlp = ReluSquaredMLP(8, 32)
+    mlp.down_proj = Sparse()
+    mlp(torch.randn(3, 8)).sum().backward()
+    assert mlp.up_proj.weight.grad is not None
+
+
+def test_forward_differentiation_and_forbidden_hooks_work() -> None:
+    both, x = drawn(nn.Sequential(RMSNorm(8), ReluSquaredMLP(8, 32))), torch.randn(3, 8, requires_grad=True)
+    tangent = torch.randn(3, 8)
+    with forward_ad.dual_level():
+        found = forward_ad.unpack_dual(both(forward_ad.make_dual(x, tangent))).tangent
+    torch.testing.assert_close(found, torch.func.jvp(both, (x,), (tangent,))[1])
+    expected = both(x)
+    with torch.autograd.graph.disable_saved_tensors_hooks("not now"):
+        assert torch.equal(both(x), expected)

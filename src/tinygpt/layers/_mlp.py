@@ -82,15 +82,24 @@ def _squared_again(relu: Tensor, square: Tensor) -> saved_tensors_hooks:
     """
     # What autograd keeps holds on to these functions, so they may not hold on to the square. Not the address of its
     # memory, which is 0 for everything on the meta device.
-    storage, dtype = square.untyped_storage()._cdata, square.dtype
+    storage, dtype, version = square.untyped_storage()._cdata, square.dtype, square._version
 
     def pack(kept: Tensor) -> Any:
-        if kept.untyped_storage()._cdata != storage or kept.dtype != dtype:
-            return kept
-        return kept.shape, kept.stride(), kept.storage_offset()
+        if kept.layout == torch.strided and kept.dtype == dtype and kept.untyped_storage()._cdata == storage:
+            if kept._version == version:  # else a layer changed it in place, and it is no square any more
+                return None, kept.shape, kept.stride(), kept.storage_offset()
+        return kept, kept._version
 
     def unpack(packed: Any) -> Tensor:
-        return packed if isinstance(packed, Tensor) else relu.square().as_strided(*packed)
+        kept, *rest = packed
+        if kept is None:
+            return relu.square().as_strided(*rest)
+        if kept._version != rest[0]:  # which autograd looks at by itself only without hooks
+            raise RuntimeError(
+                "what the layer after relu squared kept for the backward pass was changed in place before that pass; "
+                "change weights after it, and results out of place."
+            )
+        return kept  # type: ignore[no-any-return]
 
     return saved_tensors_hooks(pack, unpack)
 

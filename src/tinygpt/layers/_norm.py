@@ -14,7 +14,7 @@ class RMSNorm(nn.Module):
     """`x / sqrt(mean(x**2) + eps)` over the last axis, without a learned weight unless asked for.
 
     Without a weight the result is kept for the backward pass and not the input: whatever multiplies the result keeps it
-    anyway, so the norm costs no memory.
+    anyway, so the norm costs no memory. To change the result in place is therefore an error in the backward pass.
 
     Args:
         dim: Width of the last axis.

@@ -1,6 +1,7 @@
 """The memory of a training step, found by taking the step without numbers."""
 
 import copy
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ from torch.optim import Optimizer
 
 from tinygpt.data import Batch
 from tinygpt.errors import ConfigError
-from tinygpt.layers import LMHead
+from tinygpt.layers import LMHead, set_matmul_precision
 from tinygpt.memory._kernels import KernelsOf
 from tinygpt.memory._ledger import Ledger
 
@@ -76,10 +77,11 @@ def training_memory(
 ) -> TrainingMemory:
     """Find what training with micro-batches of this size needs, by taking a step on the meta device.
 
-    There every tensor has a shape and no numbers, so that a step takes no memory and a fraction of a second, and
-    whatever the model is made of is counted as it is. The model's settings count: compute dtype, activation
+    There every tensor has a shape and no numbers, so that a step takes no memory and about a second, and whatever the
+    model is made of is counted as it is. The model's settings count: compute dtype, activation
     checkpointing, tokens of a chunk. Model and optimizer are not changed. `torch.compile` keeps less than what is
-    counted here.
+    counted here; products in eight bits are counted as those of the compute dtype, and update kernels that exist on a
+    GPU alone as the plain ones.
 
     Args:
         model: On any device; one on the meta device will do.
@@ -130,6 +132,8 @@ class MeasuredStep:
         own = next(model.parameters()).device.type
         self.device_type = device_type or ("cuda" if own == "meta" else own)
         self.model, self._optimizer = _on_meta(model, optimizer)
+        set_matmul_precision(self.model, None)
+        _use_kernels_of(self._optimizer, self.device_type)
         head = getattr(self.model, "head", None)
         if isinstance(head, LMHead):  # which would take that of a GPU on the meta device
             head.chunk_tokens = head.chunk_size(torch.device(self.device_type))
@@ -155,7 +159,9 @@ class MeasuredStep:
                 total = self._loss_fn(self.model, Batch(ids, ids))[0]
                 middle, kept = ledger.mark(), ledger.alive()
                 _backward(total / 2)
-            except (RuntimeError, NotImplementedError) as error:
+            except ConfigError:
+                raise
+            except Exception as error:  # what a model of somebody's own does there, nobody knows
                 raise ConfigError(f"the memory of this model cannot be planned: {_first_line(error)}") from None
         booked = ledger.numbers_of(p.grad for p in self.model.parameters() if p.grad is not None)
         static = self.weights + self.optimizer
@@ -195,7 +201,7 @@ class MeasuredStep:
         with ledger, torch.no_grad():
             try:
                 self._optimizer.step()
-            except (RuntimeError, NotImplementedError) as error:
+            except Exception as error:
                 raise ConfigError(f"the memory of this optimizer cannot be planned: {_first_line(error)}") from None
             state, start = sum(ledger.alive().values()), ledger.mark()
             self._optimizer.step()
@@ -226,19 +232,27 @@ def _on_meta(model: nn.Module, optimizer: Optimizer) -> tuple[Any, Optimizer]:
         empty = torch.empty_like(parameter, device="meta")
         memo[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
         memo[id(parameter.grad)] = None
-    for tensor in [*model.buffers(), *_state_tensors(optimizer)]:
-        memo[id(tensor)] = torch.empty_like(tensor, device="meta")
+    for buffer in model.buffers():
+        memo[id(buffer)] = torch.empty_like(buffer, device="meta")
+    memo[id(optimizer.state)] = defaultdict(dict)  # counted from the first update on
     try:
         copied: tuple[Any, Optimizer] = copy.deepcopy((model, optimizer), memo)
+        # A copy of an optimizer lacks what its class adds. Not functions: a scheduler puts the own `step` there.
+        own = {k: v for k, v in vars(optimizer).items() if k not in vars(copied[1]) and not callable(v)}
+        copied[1].__dict__.update(copy.deepcopy(own, memo))
     except Exception as error:
         raise ConfigError(f"the memory of this model cannot be planned, it cannot be copied: {error}") from None
-    copied[1].state.clear()  # counted from the first update on
     return copied
 
 
-def _state_tensors(optimizer: Optimizer) -> Iterator[Tensor]:
-    for state in optimizer.state.values():
-        yield from (value for value in state.values() if isinstance(value, Tensor))
+def _use_kernels_of(optimizer: Optimizer, device_type: str) -> None:
+    """Let torch's optimizers update as they would on a device: on a GPU many tensors at once, which takes more."""
+    for group in optimizer.param_groups:
+        if group.get("foreach", True) is None and not group.get("fused") and device_type == "cuda":
+            group["foreach"] = True
+        for name in ("fused", "capturable"):  # refused on the meta device
+            if group.get(name):
+                group[name] = False
 
 
 def _unique_bytes(tensors: list[Tensor]) -> Iterator[int]:

@@ -28,7 +28,7 @@ class KernelsOf(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _attention(
-        self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, *_: Any, **__: Any
+        self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *_: Any, **__: Any
     ) -> Tensor:
         """Return attention that keeps what every fused kernel of torch keeps.
 
@@ -36,12 +36,14 @@ class KernelsOf(TorchFunctionMode):
         [FlashAttention](https://arxiv.org/abs/2205.14135), 2022. A mask is kept as well, in the dtype of the queries.
         On a GPU the backward pass adds up the gradient of the queries in float32.
         """
-        mask = None if attn_mask is None else q.new_empty(attn_mask.shape)
-        out: Tensor = _FusedAttention.apply(q, k, v, mask, self._fused)  # type: ignore[no-untyped-call]
+        mask = None if attn_mask is None else query.new_empty(attn_mask.shape)
+        out: Tensor = _FusedAttention.apply(query, key, value, mask, self._fused)  # type: ignore[no-untyped-call]
         return out
 
-    def _norm(self, x: Tensor, shape: Any, weight: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
-        out: Tensor = _FusedNorm.apply(x, weight)  # type: ignore[no-untyped-call]
+    def _norm(
+        self, input: Tensor, normalized_shape: Any, weight: Tensor | None = None, *_: Any, **__: Any
+    ) -> Tensor:  # names as callers may write them
+        out: Tensor = _FusedNorm.apply(input, weight)  # type: ignore[no-untyped-call]
         return out
 
 

@@ -112,26 +112,32 @@ def plan_memory(
     if budget_bytes < 1:
         raise ConfigError(f"budget_bytes={budget_bytes} is no memory to train in.")
     step = MeasuredStep(model, optimizer, device_type=device_type, loss_fn=loss_fn)
-    modes = _modes(step.model, choose_settings)
     chunks = _chunks(model, step.device_type, choose_settings)
-    leanest: MemoryPlan | None = None
-    for mode in modes:
-        for fewer in _halved(rows):
-            plan = None
-            for chunk in chunks:
-                if isinstance(step.model, GPT):
-                    step.model.set_activation_checkpointing(mode)
-                    if isinstance(step.model.head, LMHead):
-                        step.model.head.chunk_tokens = chunk
-                gathered = fewer < rows if accumulate is None else accumulate
-                memory = step.memory(rows=fewer, seq_len=seq_len, accumulate=gathered)
-                plan = MemoryPlan(fewer, chunk, mode, memory, budget_bytes, memory.total <= budget_bytes)
-                if plan.fits:
-                    return plan
-            if leanest is None or (plan is not None and plan.memory.total < leanest.memory.total):
-                leanest = plan
-    assert leanest is not None
-    return leanest
+
+    def planned(mode: ActivationCheckpointing, fewer: int, chunk: int | None) -> MemoryPlan:
+        if isinstance(step.model, GPT):
+            step.model.set_activation_checkpointing(mode)
+            if isinstance(step.model.head, LMHead):
+                step.model.head.chunk_tokens = chunk
+        gathered = fewer < rows if accumulate is None else accumulate
+        memory = step.memory(rows=fewer, seq_len=seq_len, accumulate=gathered)
+        return MemoryPlan(fewer, chunk, mode, memory, budget_bytes, memory.total <= budget_bytes)
+
+    leanest: list[MemoryPlan] = []
+    for mode in _modes(step.model, choose_settings):
+        options = [(mode, fewer, chunk) for fewer in _halved(rows) for chunk in chunks]
+        all_rows, fewer_rows = options[: len(chunks)], options[len(chunks) :]
+        found = []
+        for option in all_rows:
+            found.append(planned(*option))
+            if found[-1].fits:
+                return found[-1]
+        if fewer_rows:  # none of which takes less than the last
+            found.append(planned(*fewer_rows[-1]))
+            if found[-1].fits:
+                return next((plan for option in fewer_rows[:-1] if (plan := planned(*option)).fits), found[-1])
+        leanest += found
+    return min(leanest, key=lambda plan: plan.memory.total)
 
 
 def _modes(model: nn.Module, may_choose: bool) -> tuple[ActivationCheckpointing, ...]:

@@ -137,8 +137,9 @@ def plan_run(recipe: "Recipe", *, device_name: str | None, mfu: float, memory_by
     if device_name is None and device.type == "cuda":
         device_name = torch.cuda.get_device_name(device)
     dtype = resolve_precision(recipe.precision, device)
-    if known and recipe.precision == "auto":
-        dtype = torch.bfloat16
+    if known and recipe.precision == "auto":  # as on the device itself: float32 where there are no units for less
+        older = hardware.peak_flops(device_name or "") is None and hardware.memory_bytes(device_name or "") is not None
+        dtype = torch.float32 if older else torch.bfloat16
     precision = str(dtype).removeprefix("torch.")
     if known and device_name is not None:
         _refuse_unknown(device_name, precision)

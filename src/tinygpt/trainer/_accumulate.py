@@ -15,11 +15,13 @@ from tinygpt.trainer._micro_batches import MicroBatchRows
 from tinygpt.trainer._random import random_state, restore_random_state
 
 # How torch says that memory is out where it has no exception of its own for it: on a CPU under Linux, under Windows,
-# and on Apple's GPUs.
+# on Apple's GPUs, and on NVIDIA's where a library or the driver asks for it.
 _OUT_OF_MEMORY = (
     "DefaultCPUAllocator: can't allocate memory",
     "DefaultCPUAllocator: not enough memory",
     "MPS backend out of memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
 )
 
 
@@ -65,17 +67,19 @@ def accumulate(
     while True:
         model.zero_grad()  # whatever a failed step or the user's own backward left there
         sums = Sums()
-        used = 0
-        try:
-            for batch in _again(read, fresh):
-                sums.expected = batch_tokens or batch.targets.numel()
-                for part in rows.split(batch):
-                    used = len(part.inputs)
-                    _add(sums, model, loss_fn, part, device)
+        for whole, part in _parts(read, fresh, rows):
+            sums.expected = batch_tokens or whole
+            try:
+                _add(sums, model, loss_fn, part, device)
+            except (RuntimeError, MemoryError) as error:
+                if random is None and is_out_of_memory(error):
+                    error.add_note("micro_batch_rows='auto' computes fewer rows at a time when memory runs out.")
+                if random is None or not is_out_of_memory(error):
+                    raise
+                used = len(part.inputs)
+                break
+        else:
             return sums
-        except (RuntimeError, MemoryError) as error:
-            if random is None or not _is_out_of_memory(error):
-                raise
         # Not in the handler, where the traceback still holds what was computed.
         rows.step_down(used, index)
         sums = Sums()
@@ -86,8 +90,14 @@ def accumulate(
         restore_random_state(random)
 
 
+def _parts(read: list[Batch], fresh: Iterator[Batch], rows: MicroBatchRows) -> Iterator[tuple[int, Batch]]:
+    """Yield the parts of what was read before, then of new batches, which are kept; with the positions of the whole."""
+    for batch in _again(read, fresh):
+        for part in rows.split(batch):
+            yield batch.targets.numel(), part
+
+
 def _again(read: list[Batch], fresh: Iterator[Batch]) -> Iterator[Batch]:
-    """Yield the batches that were read before, then new ones, which are kept."""
     yield from tuple(read)
     for batch in fresh:
         read.append(batch)
@@ -106,5 +116,6 @@ def _add(sums: Sums, model: nn.Module, loss_fn: LossFunction, part: Batch, devic
     sums.counts.append(loss.count)
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an exception says that there is no memory left."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in _OUT_OF_MEMORY)

@@ -31,31 +31,23 @@ class MicroBatchRows:
         self.rows = setting if isinstance(setting, int) else None
         self._plan = plan
         self._on_change = on_change
-        self._chosen = False
-
-    def choose(self, rows: int, seq_len: int) -> None:
-        """Plan for batches of this shape, once; fewer rows that a checkpoint brought stay."""
-        if not self.auto or self._chosen:
-            return
-        self._chosen = True
-        planned = self._plan(rows, seq_len)
-        if self.rows is None or planned < self.rows:
-            self._set(planned, "planned for the memory there is")
+        self._planned = False
+        self._shape: tuple[int, int] | None = None
 
     def choose_for(self, loader: Any) -> None:
-        """Plan before the first batch is read, for a loader that tells the shape of its batches."""
-        rows, seq_len = (getattr(loader, name, None) for name in ("rows", "seq_len"))
-        if rows and seq_len:
-            self.choose(rows, seq_len)
+        """Plan for a loader that tells the shape of its batches, as a run or a phase begins."""
+        if shape := _shape_of(loader):
+            self._choose(*shape)
 
-    def go_on_with(self, rows: int | None) -> None:
-        """Take over what a checkpoint's run ended with, so that this one repeats it."""
+    def go_on_with(self, rows: int | None, loader: Any = None) -> None:
+        """Take over what a checkpoint's run ended with, so that this one repeats it; it read from such a loader."""
         if self.auto:
-            self.rows, self._chosen = rows, False
+            self.rows, self._shape, self._planned = rows, _shape_of(loader), False
 
     def split(self, batch: Batch) -> Iterator[Batch]:
         """Yield the micro-batches of a batch; the last one may have fewer rows."""
-        self.choose(*batch.inputs.shape)
+        if not self._planned:
+            self._choose(*batch.inputs.shape[:2])
         if self.rows is None or self.rows >= len(batch.inputs):
             yield batch
             return
@@ -77,6 +69,21 @@ class MicroBatchRows:
         logger.warning("step %d: out of memory with %d rows at a time; going on with %d", index, used, used // 2)
         self._set(used // 2, f"out of memory with {used}")
 
+    def _choose(self, rows: int, seq_len: int) -> None:
+        """Plan for batches of this shape, once; fewer rows that a checkpoint brought for the same shape stay."""
+        if not self.auto or (self._planned and self._shape == (rows, seq_len)):
+            return
+        same = self._shape in (None, (rows, seq_len))
+        self._planned, self._shape = True, (rows, seq_len)
+        planned = self._plan(rows, seq_len)
+        if self.rows is None or not same or planned < self.rows:
+            self._set(planned, "planned for the memory there is")
+
     def _set(self, rows: int, why: str) -> None:
         self.rows = rows
         self._on_change(rows, why)
+
+
+def _shape_of(loader: Any) -> tuple[int, int] | None:
+    rows, seq_len = (getattr(loader, name, None) for name in ("rows", "seq_len"))
+    return (rows, seq_len) if isinstance(rows, int) and isinstance(seq_len, int) else None

@@ -106,7 +106,8 @@ def load(
             raise CheckpointError(f"{folder} was saved with {was}, and this run has {now}: build the same optimizer.")
         progress = (int(state["next_step"]), int(state["tokens"]), float(state["elapsed_seconds"]))
         evaluations = [e for given in state.get("evaluations", []) if (e := checked_evaluation(given["step"], given))]
-        trainer.rows.go_on_with(state.get("settings", {}).get("micro_batch_rows"))
+        read_last = trainer.course.loaders[trainer.course.index_at(max(0, progress[0] - 1))]
+        trainer.rows.go_on_with(state.get("settings", {}).get("micro_batch_rows"), read_last)
         resumption = Resumption(trainer, state)
         changes = [*resumption.compare_rates(rewarm_steps), *resumption.compare_rest()]
         if resumption.begins_phase:

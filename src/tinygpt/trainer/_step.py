@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from tinygpt.data import Batch
 from tinygpt.errors import CheckpointError, DataError, NonFiniteError
 from tinygpt.losses import LossFunction
-from tinygpt.trainer._accumulate import accumulate
+from tinygpt.trainer._accumulate import accumulate, is_out_of_memory
 from tinygpt.trainer._batches import find_non_finite
 from tinygpt.trainer._micro_batches import MicroBatchRows
 
@@ -39,7 +39,15 @@ class Update:
 
     def __call__(self) -> None:
         self.torn = True
-        self._optimizer.step()
+        try:
+            self._optimizer.step()
+        except (RuntimeError, MemoryError) as error:
+            if is_out_of_memory(error):
+                error.add_note(
+                    "Memory ran out in the optimizer, whose state is made in the first step; fewer rows do not help "
+                    "there. Take a smaller model, store the token tables in bfloat16, or leave more memory free."
+                )
+            raise
         self.torn = False
 
     def check(self) -> None:
