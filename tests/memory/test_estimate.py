@@ -4,14 +4,16 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from tinygpt import GPT, GPTConfig
 from tinygpt.errors import ConfigError
-from tinygpt.layers import Linear, TokenEmbedding
+from tinygpt.layers import Linear, TokenEmbedding, set_matmul_precision
 from tinygpt.losses import next_token_loss
 from tinygpt.memory import training_memory
 from tinygpt.optim import MuonAdamW, nanochat_rules, param_groups
@@ -167,3 +169,87 @@ class Wrapped(nn.Module):
 
     def forward(self, x: torch.Tensor, **_: object) -> torch.Tensor:
         return self.inner(x)
+
+
+class Counts(torch.optim.SGD):
+    """An optimizer with something of its own."""
+
+    def __init__(self, parameters: Any, lr: float) -> None:
+        super().__init__(parameters, lr=lr)
+        self.updates = 0
+
+    def step(self, closure: Any = None) -> Any:
+        self.updates += 1
+        return super().step(closure)
+
+
+def one_layer() -> GPT:
+    return GPT.from_config(GPTConfig.from_depth(1, head_dim=16, width_per_layer=16, vocab_size=99, max_seq_len=16))
+
+
+@pytest.mark.parametrize("options", [{}, {"fused": True}, {"foreach": True}, {"capturable": True}])
+def test_torchs_optimizers_are_counted_however_they_update(options: dict[str, bool]) -> None:
+    model = one_layer()
+    optimizer = torch.optim.AdamW(model.parameters(), **options)
+    memory = training_memory(model, optimizer, rows=1, seq_len=4, device_type="cuda")
+    assert memory.optimizer >= 2 * memory.gradients
+    assert {name: optimizer.param_groups[0][name] for name in options} == options
+
+
+def test_on_a_gpu_torch_updates_all_tensors_at_once_and_needs_room_for_it() -> None:
+    model = nn.Sequential(nn.Embedding(999, 64), nn.Linear(64, 64), nn.Linear(64, 64))
+    optimizer = torch.optim.AdamW(model.parameters())
+
+    def loss(model: nn.Module, batch: Any) -> Any:
+        return model(batch.inputs).sum(), 1
+
+    work = [
+        training_memory(model, optimizer, rows=1, seq_len=1, device_type=kind, loss_fn=loss).temporaries
+        for kind in ("cuda", "cpu")
+    ]
+    assert work[0] >= sum(p.nbytes for p in model.parameters()) > 0
+    assert work[0] > work[1]
+
+
+def test_an_optimizer_of_ones_own_is_copied_with_what_it_has_and_never_steps_itself() -> None:
+    model = one_layer()
+    optimizer = Counts(model.parameters(), lr=1.0)
+    torch.optim.lr_scheduler.ConstantLR(optimizer)  # puts a step of its own into the optimizer
+    before = optimizer.updates
+    assert training_memory(model, optimizer, rows=1, seq_len=4).total > 0
+    assert optimizer.updates == before
+    with pytest.raises(ConfigError, match="memory of this optimizer cannot be planned: .*closure"):
+        training_memory(model, torch.optim.LBFGS(model.parameters()), rows=1, seq_len=4)
+
+
+@pytest.mark.parametrize("precision", ["fp8", "int8"])
+@pytest.mark.filterwarnings("ignore")
+def test_products_in_eight_bits_are_counted_as_others(precision: Any) -> None:
+    model = GPT.from_config(GPTConfig(num_layers=1, dim=32, num_heads=2, vocab_size=99, max_seq_len=16))
+    expected = training_memory(model, MuonAdamW.for_model(model), rows=1, seq_len=4).total
+    set_matmul_precision(model, precision)
+    assert training_memory(model, MuonAdamW.for_model(model), rows=1, seq_len=4).total == expected
+
+
+def test_attention_and_norm_may_be_called_by_name_and_weights_be_tied() -> None:
+    class Own(nn.Module):
+        def __init__(self, *, numpy: bool = False) -> None:
+            super().__init__()
+            self.table, self.head = nn.Embedding(50, 32), nn.Linear(32, 50, bias=False)
+            self.head.weight = self.table.weight
+            self.numpy = numpy
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            x = F.rms_norm(self.table(ids), normalized_shape=(32,))[:, None]
+            x = F.scaled_dot_product_attention(query=x, key=x, value=x, is_causal=True)[:, 0]
+            if self.numpy:
+                x.detach().numpy()
+            return self.head(x)
+
+    own = Own()
+    optimizer = torch.optim.SGD(own.parameters())
+    memory = training_memory(own, optimizer, rows=2, seq_len=8, loss_fn=next_token_loss, device_type="cuda")
+    assert memory.weights == memory.gradients == 50 * 32 * 4
+    looks = Own(numpy=True)
+    with pytest.raises(ConfigError, match="cannot be planned: can't convert meta device type tensor to numpy"):
+        training_memory(looks, torch.optim.SGD(looks.parameters()), rows=1, seq_len=4, loss_fn=next_token_loss)

@@ -12,6 +12,7 @@ from tinygpt.errors import ConfigError
 from tinygpt.losses import next_token_loss
 from tinygpt.memory import available_memory, plan_memory, training_memory
 from tinygpt.memory._available import _group_memory
+from tinygpt.memory._estimate import MeasuredStep
 
 MIB = 2**20
 
@@ -122,3 +123,13 @@ def test_the_limit_of_the_older_version_counts_too(tmp_path: Path) -> None:
 def test_a_device_that_does_not_tell_is_refused() -> None:
     with pytest.raises(ConfigError, match="how much memory meta has is not told; give micro_batch_rows as a number"):
         available_memory("meta")
+
+
+def test_that_nothing_fits_is_found_without_trying_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = []
+    memory = MeasuredStep.memory
+    monkeypatch.setattr(MeasuredStep, "memory", lambda self, **o: measured.append(o["rows"]) or memory(self, **o))
+    model, optimizer = small()
+    plan = plan_memory(model, optimizer, budget_bytes=MIB, rows=64, seq_len=64)
+    assert (plan.rows, plan.activation_checkpointing, plan.fits) == (1, "block", False)
+    assert measured == 3 * [64, 64, 64, 1]

@@ -326,6 +326,14 @@ def test_the_plan_of_the_documented_run_has_its_known_figures() -> None:
         assert part in str(plan)
 
 
+def test_a_card_without_bfloat16_is_planned_in_float32() -> None:
+    plan = tiny().plan(device_name="Tesla T4")
+    assert (plan.precision, plan.memory_budget) == ("float32", 14 * 2**30)
+    assert plan.seconds is not None
+    with pytest.raises(ConfigError, match="the peak of 'T5' in bfloat16 is not known"):
+        tiny().plan(device_name="T5")
+
+
 def test_a_plan_reads_no_text_and_needs_no_gpu() -> None:
     plan = tiny(data={"rows": 2, "train": "absent.txt", "validation": "absent too"}).plan()
     assert plan.seconds is None

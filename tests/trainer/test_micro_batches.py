@@ -17,6 +17,7 @@ from tinygpt.errors import ConfigError
 from tinygpt.losses import LossSum, next_token_loss
 from tinygpt.memory import available_memory
 from tinygpt.metrics import read_metrics
+from tinygpt.trainer import Phase
 
 GPU = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 CPU = RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried to ...")
@@ -232,3 +233,74 @@ def test_a_model_that_cannot_be_planned_begins_with_all_rows(caplog: pytest.LogC
 
 def test_this_machine_tells_its_memory() -> None:
     assert 2**20 < available_memory("cpu") < 2**50
+
+
+def test_memory_that_runs_out_in_the_loader_is_no_reason_for_fewer_rows() -> None:
+    class Greedy:
+        def __init__(self) -> None:
+            self.loader, self.read = make_loader(rows=8), 0
+
+        def __iter__(self) -> Any:
+            return self
+
+        def __next__(self) -> Batch:
+            self.read += 1
+            if self.read == 2:
+                raise MemoryError("a document is too long")
+            return next(self.loader)
+
+    trainer = make_trainer(loader=Greedy(), micro_batch_rows="auto", batch_tokens=16 * 16)
+    with pytest.raises(MemoryError, match="a document is too long"):
+        list(trainer)
+    assert trainer.micro_batch_rows == 8
+
+
+def phased(out: Path, most: int = 100) -> Trainer:
+    """Two phases, of which the second has more rows, of half the length."""
+    torch.manual_seed(7)
+    phases = [Phase(2), Phase(2, loader=make_loader(rows=16, seq_len=8))]
+    return make_trainer(
+        out,
+        model=narrow_model(most),
+        loader=make_loader(rows=4),
+        micro_batch_rows="auto",
+        keep_last=None,
+        arguments={"phases": phases},
+    )
+
+
+@pytest.mark.parametrize("most", [100, 3])
+def test_a_phase_with_other_rows_is_planned_anew_also_if_resumed_where_it_begins(tmp_path: Path, most: int) -> None:
+    trainer = phased(tmp_path / "whole", most)
+    rows = []
+    for _ in trainer:
+        rows.append(trainer.micro_batch_rows)
+    assert rows == ([4, 4, 16, 16] if most == 100 else [2, 2, 2, 2])
+    events = [r for r in read_metrics(tmp_path / "whole" / "metrics.jsonl") if r["event"] == "micro_batch_rows"]
+    assert 16 in [event["rows"] for event in events]
+    for step in phased(tmp_path / "parts", most):
+        if step.index == 1:
+            break
+    resumed = phased(tmp_path / "parts", most)
+    resumed.resume()
+    assert resumed.next_step == 2
+    list(resumed)
+    assert resumed.micro_batch_rows == rows[-1]
+    last = "checkpoints/step-000004"
+    assert everything(tmp_path / "whole" / last) == everything(tmp_path / "parts" / last)
+
+
+def test_what_would_help_is_said_where_rows_do_not_change() -> None:
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        list(trainer_of(None, 3, 8))
+    assert "micro_batch_rows='auto'" in caught.value.__notes__[0]
+
+    class Large(torch.optim.SGD):
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            if not self.param_groups[0]["params"][0].is_meta:
+                raise GPU
+
+    GPU.__notes__ = []
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        list(make_trainer(optimizer=lambda m: Large(m.parameters()), micro_batch_rows="auto"))
+    assert "ran out in the optimizer" in caught.value.__notes__[0]

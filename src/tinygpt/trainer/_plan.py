@@ -72,6 +72,7 @@ def enter_phase(trainer: "Trainer", output: MetricsFile | None) -> None:
     index = course.index_at(step)
     changes = boundary_changes(course, trainer.rates, index)
     course.leave(index - 1)
+    trainer.rows.choose_for(course.loaders[index])
     logger.warning("%s begins at step %d:\n%s", course.title(index), step, format_changes(changes))
     if output is not None:
         # Under the step that comes, so that a resume at the boundary does not write it a second time.

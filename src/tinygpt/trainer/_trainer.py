@@ -187,7 +187,6 @@ class Trainer:
                     if self._unrecorded is None:
                         if self.next_step in self.course.boundaries:
                             enter_phase(self, output)
-                            self.rows.choose_for(self.loader)
                         self._unrecorded = self._train_step()
                     step = self._unrecorded
                     if output is not None:
