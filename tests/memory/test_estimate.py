@@ -218,7 +218,7 @@ def test_an_optimizer_of_ones_own_is_copied_with_what_it_has_and_never_steps_its
     before = optimizer.updates
     assert training_memory(model, optimizer, rows=1, seq_len=4).total > 0
     assert optimizer.updates == before
-    with pytest.raises(ConfigError, match="memory of this optimizer cannot be planned: .*closure"):
+    with pytest.raises(ConfigError, match=r"memory of this optimizer cannot be planned: .*closure"):
         training_memory(model, torch.optim.LBFGS(model.parameters()), rows=1, seq_len=4)
 
 

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -120,6 +121,19 @@ def test_the_limit_of_the_older_version_counts_too(tmp_path: Path) -> None:
     assert _group_memory(tmp_path) == 750
 
 
+def test_the_tightest_of_the_groups_that_a_process_is_in_counts(tmp_path: Path) -> None:
+    def limit(folder: Path, left: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in (("memory.max", f"{left + 7}"), ("memory.current", "7"), ("memory.stat", "anon 7")):
+            (folder / name).write_text(f"{text}\n")
+
+    limit(tmp_path / "slurm" / "job_1" / "step_0", 900)
+    limit(tmp_path / "slurm" / "job_1", 500)
+    limit(tmp_path / "slurm" / "job_2", 100)  # somebody else's
+    assert _group_memory(tmp_path, "0::/slurm/job_1/step_0\n") == 500
+    assert _group_memory(tmp_path, "3:cpu,memory:/absent\n0::/\n") is None
+
+
 def test_a_device_that_does_not_tell_is_refused() -> None:
     with pytest.raises(ConfigError, match="how much memory meta has is not told; give micro_batch_rows as a number"):
         available_memory("meta")
@@ -128,7 +142,12 @@ def test_a_device_that_does_not_tell_is_refused() -> None:
 def test_that_nothing_fits_is_found_without_trying_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     measured = []
     memory = MeasuredStep.memory
-    monkeypatch.setattr(MeasuredStep, "memory", lambda self, **o: measured.append(o["rows"]) or memory(self, **o))
+
+    def counted(self: MeasuredStep, **options: Any) -> Any:
+        measured.append(options["rows"])
+        return memory(self, **options)
+
+    monkeypatch.setattr(MeasuredStep, "memory", counted)
     model, optimizer = small()
     plan = plan_memory(model, optimizer, budget_bytes=MIB, rows=64, seq_len=64)
     assert (plan.rows, plan.activation_checkpointing, plan.fits) == (1, "block", False)

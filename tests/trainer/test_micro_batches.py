@@ -272,9 +272,7 @@ def phased(out: Path, most: int = 100) -> Trainer:
 @pytest.mark.parametrize("most", [100, 3])
 def test_a_phase_with_other_rows_is_planned_anew_also_if_resumed_where_it_begins(tmp_path: Path, most: int) -> None:
     trainer = phased(tmp_path / "whole", most)
-    rows = []
-    for _ in trainer:
-        rows.append(trainer.micro_batch_rows)
+    rows = [trainer.micro_batch_rows for _ in trainer]
     assert rows == ([4, 4, 16, 16] if most == 100 else [2, 2, 2, 2])
     events = [r for r in read_metrics(tmp_path / "whole" / "metrics.jsonl") if r["event"] == "micro_batch_rows"]
     assert 16 in [event["rows"] for event in events]

@@ -21,7 +21,7 @@ def takes_own_backward() -> bool:
 
 
 def others_choose_what_is_kept() -> bool:
-    """Return whether hooks into what autograd keeps are forbidden, or somebody's, as of checkpointing and offloading."""
+    """Return whether hooks into what autograd keeps are forbidden, or somebody's, as those of checkpointing."""
     # Private as well. Hooks inside of theirs take nothing from the result, but from what theirs save.
     hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
     enabled = getattr(torch._C._autograd, "_saved_tensors_hooks_is_enabled", lambda: True)

@@ -85,9 +85,10 @@ def _squared_again(relu: Tensor, square: Tensor) -> saved_tensors_hooks:
     storage, dtype, version = square.untyped_storage()._cdata, square.dtype, square._version
 
     def pack(kept: Tensor) -> Any:
-        if kept.layout == torch.strided and kept.dtype == dtype and kept.untyped_storage()._cdata == storage:
-            if kept._version == version:  # else a layer changed it in place, and it is no square any more
-                return None, kept.shape, kept.stride(), kept.storage_offset()
+        # Of another version it is no square any more: a layer changed it in place.
+        alike = kept.layout == torch.strided and kept.dtype == dtype and kept._version == version
+        if alike and kept.untyped_storage()._cdata == storage:
+            return None, kept.shape, kept.stride(), kept.storage_offset()
         return kept, kept._version
 
     def unpack(packed: Any) -> Tensor:
@@ -99,7 +100,7 @@ def _squared_again(relu: Tensor, square: Tensor) -> saved_tensors_hooks:
                 "what the layer after relu squared kept for the backward pass was changed in place before that pass; "
                 "change weights after it, and results out of place."
             )
-        return kept  # type: ignore[no-any-return]
+        return kept
 
     return saved_tensors_hooks(pack, unpack)
 

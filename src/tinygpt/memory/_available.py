@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -10,10 +11,19 @@ from tinygpt.errors import ConfigError
 # Left alone on a GPU that is in use: 5 % for what the allocator cannot put together again, at least 256 MiB.
 _SPARED_SHARE, _SPARED_LEAST = 0.05, 256 * 2**20
 
+
+class _Version(NamedTuple):
+    """Of control groups: the folder inside the mount, files, and what of the use is given up when memory is wanted."""
+
+    inside: str
+    limit: str
+    use: str
+    given_up: str
+
+
 _CGROUPS = (
-    # Limit, use, and in the statistics the files that are given up when memory is wanted: versions 2 and 1.
-    ("memory.max", "memory.current", "memory.stat", "inactive_file"),
-    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
+    _Version("", "memory.max", "memory.current", "inactive_file"),
+    _Version("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 )
 
 
@@ -21,7 +31,7 @@ def available_memory(device: torch.device | str) -> int:
     """Return the bytes on a device that this process can still take, what it keeps unused included.
 
     On a GPU what is free there, less a reserve of 5 % for fragmentation. On a CPU what Linux calls available, or what
-    the limit of the control group leaves, whichever is less; elsewhere half of the machine's memory.
+    the limits of its control groups leave, whichever is less; elsewhere half of the machine's memory.
 
     Raises:
         ConfigError: If nobody tells.
@@ -32,7 +42,9 @@ def available_memory(device: torch.device | str) -> int:
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return max(0, free + unused - max(_SPARED_LEAST, int(_SPARED_SHARE * total)))
     if device.type == "cpu":
-        found = [size for size in (_system_memory(), _group_memory(Path("/sys/fs/cgroup"))) if size is not None]
+        groups = Path("/proc/self/cgroup")
+        group = _group_memory(Path("/sys/fs/cgroup"), groups.read_text() if groups.exists() else "")
+        found = [size for size in (_system_memory(), group) if size is not None]
         if found:
             return min(found)
     if device.type == "mps":
@@ -52,16 +64,32 @@ def _system_memory() -> int | None:
         return None
 
 
-def _group_memory(root: Path) -> int | None:
-    """Return what the limit of the control group leaves; `None` without one."""
-    for limit_file, use_file, statistics, given_up in _CGROUPS:
-        try:
-            limit, use = (root / limit_file).read_text().strip(), int((root / use_file).read_text())
-            lines = (root / statistics).read_text().splitlines()
-        except (OSError, ValueError):
-            continue
-        if not limit.isdecimal() or int(limit) >= 2**60:  # "max", or version 1's number for none
-            continue
-        files = sum(int(line.split()[1]) for line in lines if line.startswith(f"{given_up} "))
-        return max(0, int(limit) - use + files)
-    return None
+def _group_memory(root: Path, own: str = "") -> int | None:
+    """Return what the limits of this process's control groups leave; `None` without one.
+
+    Args:
+        root: Where they are mounted.
+        own: Which they are, as `/proc/self/cgroup` says. In a container that is the root; a batch system as Slurm sets
+            the limit further down, and each one above counts as well.
+    """
+    folders = {Path(line.split(":", 2)[-1].lstrip("/")) for line in own.splitlines()} | {Path()}
+    folders |= {parent for folder in folders for parent in folder.parents}
+    left = [
+        size
+        for version in _CGROUPS
+        for folder in folders
+        if (size := _left_in(root / version.inside / folder, version)) is not None
+    ]
+    return min(left, default=None)
+
+
+def _left_in(folder: Path, version: _Version) -> int | None:
+    try:
+        limit, use = (folder / version.limit).read_text().strip(), int((folder / version.use).read_text())
+        lines = (folder / "memory.stat").read_text().splitlines()
+    except (OSError, ValueError):
+        return None
+    if not limit.isdecimal() or int(limit) >= 2**60:  # "max", or version 1's number for none
+        return None
+    files = sum(int(line.split()[1]) for line in lines if line.startswith(f"{version.given_up} "))
+    return max(0, int(limit) - use + files)

@@ -18,9 +18,9 @@ from tinygpt.trainer import Trainer, resolve_precision
 if TYPE_CHECKING:
     from tinygpt.recipe._recipe import Recipe
 
-# Of a GPU's memory: about 400 MiB for the CUDA context and its kernels, the rest for a desktop and what the allocator
-# cannot put together again. A guess on the safe side.
-_RESERVE = 2**30
+# Of a GPU's memory, this or this share of it: about 400 MiB for the CUDA context and its kernels, the rest for a desktop
+# and what the allocator cannot put together again. A guess on the safe side.
+_RESERVE, _RESERVED_SHARE = 2**30, 0.05
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,10 @@ class RunPlan:
             return
         verdict = "fits" if self.fits else "does not fit"
         budget = f"{self.memory_budget / 2**20:,.0f} MiB"
-        where = f" of a {self.device_name}, {_RESERVE / 2**20:,.0f} MiB left for others" if self.reserved else ""
+        where = ""
+        if self.reserved and self.device_name is not None:
+            left = (hardware.memory_bytes(self.device_name) or 0) - self.memory_budget
+            where = f" of one {self.device_name}, {left / 2**20:,.0f} MiB left for others"
         yield f"budget    {budget}{where}: the recipe as it stands {verdict}"
         yield f"advice    {self.advice}"
         if self.advice.fits:
@@ -153,7 +156,7 @@ def plan_run(recipe: "Recipe", *, device_name: str | None, mfu: float, memory_by
         model, optimizer, rows=micro_batch, seq_len=recipe.seq_len, accumulate=accumulate, device_type=kind
     )
     on_card = hardware.memory_bytes(device_name) if device_name is not None else None
-    budget = memory_bytes or (on_card - _RESERVE if on_card else None)
+    budget = memory_bytes or (on_card - max(_RESERVE, int(_RESERVED_SHARE * on_card)) if on_card else None)
     advice = None
     if budget is not None:
         advice = plan_memory(
