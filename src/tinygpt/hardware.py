@@ -71,7 +71,7 @@ _DEVICES = {
     "H100 PCIe": _Device(756.5, 756.5, 51.2, 2000.0, 80),
     "H100 NVL": _Device(835.5, 835.5, 60.0, 3900.0, 94),
     "H200": _Device(989.4, 989.4, 66.9, 4800.0, 140),
-    # NVIDIA L4, L40S, A10, A30 and A40 datasheets. Memory is what nvidia-smi says, such as 23,034 MiB of an L4's 24 GB and
+    # NVIDIA L4, L40S, A10, A30 and A40 datasheets. Memory is what nvidia-smi says: 23,034 MiB of an L4's 24 GB and
     # 46,068 of an L40S's 48, https://github.com/modal-labs/modal-client/pull/2797.
     "L4": _Device(121.0, 121.0, 30.3, 300.0, 22.5),
     "L40S": _Device(362.05, 362.05, 91.6, 864.0, 45),

@@ -197,7 +197,7 @@ def test_torchs_optimizers_are_counted_however_they_update(options: dict[str, bo
 
 
 def test_on_a_gpu_torch_updates_all_tensors_at_once_and_needs_room_for_it() -> None:
-    model = nn.Sequential(nn.Embedding(999, 64), nn.Linear(64, 64), nn.Linear(64, 64))
+    model = nn.Sequential(nn.Embedding(9, 64), *(nn.Linear(64, 64) for _ in range(20)))
     optimizer = torch.optim.AdamW(model.parameters())
 
     def loss(model: nn.Module, batch: Any) -> Any:

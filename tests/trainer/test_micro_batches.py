@@ -138,6 +138,26 @@ def test_memory_that_runs_out_later_repeats_the_whole_step() -> None:
     assert mlp.seen == [8, 8, 8, 8, 4, 4, 4, 4]
 
 
+def test_memory_that_runs_out_in_a_smaller_last_part_halves_the_rows_and_not_the_part(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("tinygpt.trainer._rows._planned", lambda trainer, rows, seq_len: 7)
+    failed = []
+
+    def failing(model: nn.Module, batch: Batch) -> LossSum:
+        if len(batch.inputs) == 1 and not failed:
+            failed.append(True)
+            raise GPU
+        return next_token_loss(model, batch)
+
+    trainer = make_trainer(
+        loader=make_loader(rows=8), micro_batch_rows="auto", num_steps=1, arguments={"loss_fn": failing}
+    )
+    list(trainer)
+    assert failed
+    assert trainer.micro_batch_rows == 3
+
+
 def test_one_row_that_does_not_fit_is_a_clear_error() -> None:
     trainer = trainer_of(None, 0)
     before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}

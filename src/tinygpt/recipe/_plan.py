@@ -18,7 +18,7 @@ from tinygpt.trainer import Trainer, resolve_precision
 if TYPE_CHECKING:
     from tinygpt.recipe._recipe import Recipe
 
-# Of a GPU's memory, this or this share of it: about 400 MiB for the CUDA context and its kernels, the rest for a desktop
+# Of a GPU's memory, the larger of the two: about 400 MiB for the CUDA context and its kernels, the rest for a desktop
 # and what the allocator cannot put together again. A guess on the safe side.
 _RESERVE, _RESERVED_SHARE = 2**30, 0.05
 

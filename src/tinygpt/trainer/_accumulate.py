@@ -76,7 +76,7 @@ def accumulate(
                     error.add_note("micro_batch_rows='auto' computes fewer rows at a time when memory runs out.")
                 if random is None or not is_out_of_memory(error):
                     raise
-                used = len(part.inputs)
+                used = max(len(each.inputs) for each in [*sums.batches, part])  # the last part may be a smaller one
                 break
         else:
             return sums
