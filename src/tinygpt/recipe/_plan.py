@@ -100,7 +100,7 @@ class RunPlan:
             return
         verdict = "fits" if self.fits else "does not fit"
         budget = f"{self.memory_budget / 2**20:,.0f} MiB"
-        where = f" of a {self.device_name}, {_RESERVE / 2**20:,.0f} MiB left for others" if self.reserved else ""
+        where = f" of the {self.device_name}, {_RESERVE / 2**20:,.0f} MiB left for others" if self.reserved else ""
         yield f"budget    {budget}{where}: the recipe as it stands {verdict}"
         yield f"advice    {self.advice}"
         if self.advice.fits:
