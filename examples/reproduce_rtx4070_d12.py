@@ -117,11 +117,12 @@ def build(scale: Scale, device: str, seed: int, precision: torch.dtype) -> tuple
     return model, MuonAdamW(param_groups(model, rules))
 
 
-def print_plan(scale: Scale, trainer: Trainer) -> None:
+def print_plan(scale: Scale, trainer: Trainer, device: str) -> None:
     """Say what is going to happen before it does."""
     model: Any = trainer.model
     counts = model.num_parameters()._asdict() | {"total": model.num_parameters().total}
-    memory = training_memory(model, trainer.optimizer, rows=scale.rows, seq_len=scale.model.max_seq_len)
+    rows, seq_len, kind = scale.rows, scale.model.max_seq_len, torch.device(device).type
+    memory = training_memory(model, trainer.optimizer, rows=rows, seq_len=seq_len, device_type=kind)
     print("parameters: " + ", ".join(f"{role.replace('_', ' ')} {count:,}" for role, count in counts.items()))
     print(f"memory about {memory.total / 2**20:,.0f} MiB, an estimate\n{trainer.plan()}\n", flush=True)
 
@@ -164,14 +165,13 @@ def main() -> None:
         print(f"\nstep {step.index + 1:,}: validation {report}", flush=True)
 
     def new_trainer(device: str, phases: list[Phase]) -> Trainer:
-        precision = torch.bfloat16 if args.device == "cuda" else torch.float32
-        model, optimizer = build(scale, device, args.seed, precision)
+        model, optimizer = build(scale, device, args.seed, torch.bfloat16 if args.device == "cuda" else torch.float32)
         loader = BatchLoader(train, tokenizer, rows=scale.rows, seq_len=seq_len, overflow=scale.overflow)
         config = TrainerConfig(num_steps=sum(phase.steps for phase in phases), batch_tokens=scale.batch_tokens,
                                out_dir=str(out), save_every=scale.interval, compile=device == "cuda")  # fmt: skip
         return Trainer(model, optimizer, loader, config, phases=phases, validation=validation, on_save=queue)
 
-    print_plan(scale, new_trainer("meta", phases))  # without memory for its weights
+    print_plan(scale, new_trainer("meta", phases), args.device)  # without memory for its weights
     with queue or nullcontext():
         for count in range(1, len(phases) + 1):
             saved = latest_checkpoint(out / "checkpoints")
