@@ -100,7 +100,7 @@ class RunPlan:
             return
         verdict = "fits" if self.fits else "does not fit"
         budget = f"{self.memory_budget / 2**20:,.0f} MiB"
-        where = f" of a {self.device_name}, {_RESERVE / 2**20:,.0f} MiB left for others" if self.reserved else ""
+        where = f" of the {self.device_name}, {_RESERVE / 2**20:,.0f} MiB left for others" if self.reserved else ""
         yield f"budget    {budget}{where}: the recipe as it stands {verdict}"
         yield f"advice    {self.advice}"
         if self.advice.fits:
@@ -144,9 +144,9 @@ def plan_run(recipe: "Recipe", *, device_name: str | None, mfu: float, memory_by
         _refuse_unknown(device_name, precision)
     with torch.device("meta"):
         model, optimizer = make_model(recipe.replace(precision=precision), torch.device("meta"))
-    rows = recipe.data.rows if recipe.micro_batch_rows in (None, "auto") else int(recipe.micro_batch_rows or 0)
+    split = recipe.micro_batch_rows
+    micro_batch = min(split, recipe.data.rows) if isinstance(split, int) else recipe.data.rows
     kind = "cuda" if known else device.type
-    micro_batch = min(rows, recipe.data.rows)
     accumulate = recipe.step_tokens > micro_batch * recipe.seq_len
     memory = training_memory(
         model, optimizer, rows=micro_batch, seq_len=recipe.seq_len, accumulate=accumulate, device_type=kind

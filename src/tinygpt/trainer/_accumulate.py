@@ -70,7 +70,7 @@ def accumulate(
             for batch in _again(read, fresh):
                 sums.expected = batch_tokens or batch.targets.numel()
                 for part in rows.split(batch):
-                    used = len(part.inputs)
+                    used = max(used, len(part.inputs))
                     _add(sums, model, loss_fn, part, device)
             return sums
         except (RuntimeError, MemoryError) as error:

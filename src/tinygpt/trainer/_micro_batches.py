@@ -51,7 +51,7 @@ class MicroBatchRows:
     def go_on_with(self, rows: int | None) -> None:
         """Take over what a checkpoint's run ended with, so that this one repeats it."""
         if self.auto:
-            self.rows, self._chosen = rows, False
+            self.rows, self._chosen = rows if type(rows) is int and rows > 0 else None, False
 
     def split(self, batch: Batch) -> Iterator[Batch]:
         """Yield the micro-batches of a batch; the last one may have fewer rows."""
