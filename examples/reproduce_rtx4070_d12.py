@@ -107,11 +107,6 @@ def read_tokenizer(folder: Path, source: DocumentSource, vocab_size: int) -> Tok
     return load_tokenizer(folder)
 
 
-def precision_on(device: str) -> torch.dtype:
-    """Return what the run computes in."""
-    return torch.bfloat16 if device == "cuda" else torch.float32
-
-
 def build(scale: Scale, device: str, seed: int, precision: torch.dtype) -> tuple[GPT, MuonAdamW]:
     """Make a new model and its optimizer; in bfloat16 the token tables are stored in it as well."""
     torch.manual_seed(seed)
@@ -121,14 +116,14 @@ def build(scale: Scale, device: str, seed: int, precision: torch.dtype) -> tuple
     return model, MuonAdamW(param_groups(model, rules))
 
 
-def print_plan(scale: Scale, seed: int, device: str, phases: list[Phase], train: DocumentSource) -> None:
-    """Say what is going to happen before it does; on the meta device, without memory for weights."""
-    model, optimizer = build(scale, "meta", seed, precision_on(device))
-    loader = BatchLoader(train, ByteTokenizer(), rows=scale.rows, seq_len=scale.model.max_seq_len)  # reads nothing
+def print_plan(scale: Scale, model: GPT, optimizer: MuonAdamW, phases: list[Phase], device: str) -> None:
+    """Say what is going to happen before it does; refuses rates that jump. The model may be one without weights."""
+    rows, seq_len = scale.rows, scale.model.max_seq_len
+    loader = BatchLoader(embedded_corpus("train"), ByteTokenizer(), rows=rows, seq_len=seq_len)  # reads nothing
     config = TrainerConfig(num_steps=scale.total_steps, batch_tokens=scale.batch_tokens)
     trainer = Trainer(model, optimizer, loader, config, phases=phases)
     counts = model.num_parameters()._asdict() | {"total": model.num_parameters().total}
-    memory = training_memory(model, optimizer, rows=scale.rows, seq_len=scale.model.max_seq_len)
+    memory = training_memory(model, optimizer, rows=rows, seq_len=seq_len, device_type=torch.device(device).type)
     print("parameters: " + ", ".join(f"{role.replace('_', ' ')} {count:,}" for role, count in counts.items()))
     print(f"memory about {memory.total / 2**20:,.0f} MiB, an estimate\n{trainer.plan()}\n", flush=True)
 
@@ -158,8 +153,8 @@ def main() -> None:
     phases = phases_of(args.recipe, scale, args.accept)
     train = open_source(args.data) if args.data else embedded_corpus("train")
     held_out = open_source(args.validation) if args.data else embedded_corpus("validation")
-    print_plan(scale, args.seed, args.device, phases, train)  # refuses rates that jump, before any work
-    # Another run's folder is refused.
+    precision = torch.bfloat16 if args.device == "cuda" else torch.float32
+    print_plan(scale, *build(scale, "meta", args.seed, precision), phases, args.device)  # before any work
     claim_run_folder(out, {"scale": args.scale, "recipe": args.recipe, "seed": args.seed, "data": train.fingerprint()})
     tokenizer = read_tokenizer(out / "tokenizer", train, scale.model.vocab_size)
     most = scale.validation_tokens
@@ -172,10 +167,10 @@ def main() -> None:
         print(f"\nstep {step.index + 1:,}: validation {report}", flush=True)
 
     def new_trainer(phases: list[Phase]) -> Trainer:
-        model, optimizer = build(scale, args.device, args.seed, precision_on(args.device))
+        model, optimizer = build(scale, args.device, args.seed, precision)
         loader = BatchLoader(train, tokenizer, rows=scale.rows, seq_len=seq_len, overflow=scale.overflow)
         config = TrainerConfig(num_steps=sum(phase.steps for phase in phases), batch_tokens=scale.batch_tokens,
-                               out_dir=str(out), save_every=scale.interval, compile=args.device == "cuda")  # fmt: skip
+                               out_dir=str(out), save_every=scale.interval)  # fmt: skip
         return Trainer(model, optimizer, loader, config, phases=phases, validation=validation, on_save=queue)
 
     with queue or nullcontext():
@@ -184,7 +179,6 @@ def main() -> None:
             done = saved is not None and checkpoint_step(saved) >= sum(phase.steps for phase in phases[:count])
             if not done or (queue and count == len(phases)):  # its last checkpoint may not have got into the queue
                 new_trainer(phases[:count]).fit([every(scale.interval, evaluate)], resume="auto")
-
     newest = latest_checkpoint(out / "checkpoints") or out
     model = GPT.from_pretrained(newest, device=args.device)
     sample = islice(BatchLoader(train, tokenizer, rows=8, seq_len=seq_len, overflow="carry"), 200)

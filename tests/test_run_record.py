@@ -71,7 +71,7 @@ def test_the_record_is_json_and_says_what_the_parts_say(trainer: Trainer) -> Non
     assert record["model"]["num_parameters"] == sum(p.numel() for p in model.parameters())
     assert record["model"]["flops_per_token"] == model.flops_per_token(32)
     assert record["model"]["blocks"][0]["layers"] == [0, 1]
-    assert record["batch"] == {"tokens": 128, "rows": 2, "seq_len": 32, "micro_batches": 2}
+    assert record["batch"] == {"tokens": 128, "rows": 2, "seq_len": 32, "micro_batches": 2, "micro_batch_rows": None}
     assert record["settings"]["num_steps"] == 4
     assert "out_dir" not in record["settings"]
     names = [line.partition(":")[2] for line in _cpuinfo().splitlines() if line.startswith("model name")]

@@ -103,7 +103,7 @@ class RunPlan:
         where = ""
         if self.reserved and self.device_name is not None:
             left = (hardware.memory_bytes(self.device_name) or 0) - self.memory_budget
-            where = f" of one {self.device_name}, {left / 2**20:,.0f} MiB left for others"
+            where = f" of the {self.device_name}, {left / 2**20:,.0f} MiB left for others"
         yield f"budget    {budget}{where}: the recipe as it stands {verdict}"
         yield f"advice    {self.advice}"
         if self.advice.fits:
@@ -148,9 +148,9 @@ def plan_run(recipe: "Recipe", *, device_name: str | None, mfu: float, memory_by
         _refuse_unknown(device_name, precision)
     with torch.device("meta"):
         model, optimizer = make_model(recipe.replace(precision=precision), torch.device("meta"))
-    rows = recipe.data.rows if recipe.micro_batch_rows in (None, "auto") else int(recipe.micro_batch_rows or 0)
+    split = recipe.micro_batch_rows
+    micro_batch = min(split, recipe.data.rows) if isinstance(split, int) else recipe.data.rows
     kind = "cuda" if known else device.type
-    micro_batch = min(rows, recipe.data.rows)
     accumulate = recipe.step_tokens > micro_batch * recipe.seq_len
     memory = training_memory(
         model, optimizer, rows=micro_batch, seq_len=recipe.seq_len, accumulate=accumulate, device_type=kind

@@ -42,7 +42,8 @@ class MicroBatchRows:
     def go_on_with(self, rows: int | None, loader: Any = None) -> None:
         """Take over what a checkpoint's run ended with, so that this one repeats it; it read from such a loader."""
         if self.auto:
-            self.rows, self._shape, self._planned = rows, _shape_of(loader), False
+            self.rows = rows if type(rows) is int and rows > 0 else None
+            self._shape, self._planned = _shape_of(loader), False
 
     def split(self, batch: Batch) -> Iterator[Batch]:
         """Yield the micro-batches of a batch; the last one may have fewer rows."""
