@@ -221,9 +221,9 @@ def test_a_stop_says_how_to_go_on_and_after_the_last_step_that_there_is_nothing_
     if threading.current_thread() is not threading.main_thread():
         pytest.skip("signals go to the main thread")
 
-    def measure(*arguments: Any) -> Any:
+    def measure(*arguments: Any, **options: Any) -> Any:
         signal.raise_signal(signal.SIGINT)  # as if Ctrl-C were pressed while the step is being measured
-        return evaluate_bpb(*arguments)
+        return evaluate_bpb(*arguments, **options)
 
     monkeypatch.setattr("tinygpt.recipe._build.evaluate_bpb", measure)
     with pytest.raises(SystemExit) as stop:
