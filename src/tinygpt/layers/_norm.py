@@ -13,8 +13,9 @@ from tinygpt.layers._kept import takes_own_backward
 class RMSNorm(nn.Module):
     """`x / sqrt(mean(x**2) + eps)` over the last axis, without a learned weight unless asked for.
 
-    Without a weight the result is kept for the backward pass and not the input: whatever multiplies the result keeps it
-    anyway, so the norm costs no memory. To change the result in place is therefore an error in the backward pass.
+    Without a weight, and in other dtypes than float32, the result is kept for the backward pass and not the input:
+    whatever multiplies the result keeps it anyway, so the norm costs no memory. To change that result in place is an
+    error in the backward pass.
 
     Args:
         dim: Width of the last axis.
@@ -54,8 +55,13 @@ class RMSNorm(nn.Module):
 
 
 def rms_norm(x: Tensor, *, eps: float | None = None) -> Tensor:
-    """Return what `F.rms_norm` returns over the last axis, to the bit, and keep the result for the backward pass."""
-    if x.requires_grad and takes_own_backward() and hasattr(torch.ops.aten, "_fused_rms_norm"):
+    """Return what `F.rms_norm` returns over the last axis, to the bit, and keep the result for the backward pass.
+
+    Not in float32, where torch's own backward pass is taken: its roundings are those of other implementations, and
+    others show after a few steps in the scalars.
+    """
+    fused = x.dtype != torch.float32 and hasattr(torch.ops.aten, "_fused_rms_norm")
+    if fused and x.requires_grad and takes_own_backward():
         normed: Tensor = _RMSNorm.apply(x, eps)[0]  # type: ignore[no-untyped-call]
         return normed
     return F.rms_norm(x, (x.shape[-1],), None, eps)
