@@ -14,7 +14,7 @@ def head_and_data(vocab: int = 37, **options: object) -> tuple[LMHead, torch.Ten
     return head, torch.randn(3, 7, 12, requires_grad=True), targets
 
 
-# Above a vocabulary of 4,096 capped exponentials are computed once: another order of operations, the same numbers.
+# Above a vocabulary of 4,096 exponentials are computed once: another order of operations, the same numbers.
 @pytest.mark.parametrize("vocab", [37, 5000])
 @pytest.mark.parametrize("soft_cap", [None, 2.0, 30.0, 300.0])
 @pytest.mark.parametrize("chunk_tokens", [None, 1, 4, 21, 100])
@@ -37,9 +37,12 @@ def test_chunked_loss_and_gradients_equal_the_plain_formula(
 
 
 @pytest.mark.parametrize("small", [4096, 0])
-def test_chunked_gradients_pass_a_float64_check(monkeypatch: pytest.MonkeyPatch, small: int) -> None:
+@pytest.mark.parametrize("soft_cap", [3.0, None])
+def test_chunked_gradients_pass_a_float64_check(
+    monkeypatch: pytest.MonkeyPatch, small: int, soft_cap: float | None
+) -> None:
     monkeypatch.setattr("tinygpt.layers._head._SMALL_VOCABULARY", small)
-    head, x, targets = head_and_data(soft_cap=3.0, chunk_tokens=5)
+    head, x, targets = head_and_data(soft_cap=soft_cap, chunk_tokens=5)
     weight = head.double().weight.detach().clone().requires_grad_()
     del head.weight
 
@@ -48,6 +51,19 @@ def test_chunked_gradients_pass_a_float64_check(monkeypatch: pytest.MonkeyPatch,
         return head.loss(x, targets)[0]
 
     assert torch.autograd.gradcheck(summed, (x.detach().double().requires_grad_(), weight))
+
+
+@pytest.mark.parametrize("vocab", [37, 5000])
+def test_logits_far_beyond_what_exp_can_take_give_a_finite_loss(vocab: int) -> None:
+    head, x, targets = head_and_data(vocab, soft_cap=None)
+    with torch.no_grad():
+        head.weight.mul_(300)  # logits of thousands; exp ends at 88
+    total, _ = head.loss(x, targets)
+    (gradient,) = torch.autograd.grad(total, x)
+    logits = (x @ head.weight[:vocab].T).flatten(0, 1)
+    plain = F.cross_entropy(logits, targets.flatten(), ignore_index=-1, reduction="sum")
+    torch.testing.assert_close(total, plain)
+    torch.testing.assert_close(gradient, torch.autograd.grad(plain, x)[0], rtol=1e-4, atol=1e-2)
 
 
 def test_logits_leave_padding_out_and_stay_below_the_cap() -> None:

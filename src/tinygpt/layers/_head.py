@@ -15,9 +15,9 @@ from tinygpt.layers._linear import Linear
 # CPU smaller chunks are as fast and stay closer to the cache.
 _CHUNK_ELEMENTS = {"cpu": 2**23}
 _GPU_CHUNK_ELEMENTS = 2**25
-# Up to this cap the sum of a vocabulary's exponentials stays far from float32's limit of about exp(88), so they need be
-# computed only once. With a small vocabulary the loss costs little, and the usual order of operations, which agrees
-# with other implementations to the last bits, is kept.
+# Up to this cap the sum of a vocabulary's exponentials stays far from float32's limit of about exp(88), so that no
+# maximum need be taken off first. With a small vocabulary the loss costs little, and the usual order of operations,
+# which agrees with other implementations to the last bits, is kept.
 _EXPONENT_BOUND = 40.0
 _SMALL_VOCABULARY = 4096
 
@@ -181,6 +181,19 @@ def _uncapped_chunk(
     return losses, grad.masked_fill_(ignored[:, None], 0.0)
 
 
+def _large_chunk(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what `_capped_chunk` does, without a cap: exponentials are computed once, less the largest of a row."""
+    exponentials = _float(F.linear(x, weight))
+    ignored = targets == ignore_index
+    index = targets.masked_fill(ignored, 0)[:, None]
+    exponentials.sub_(exponentials.amax(dim=-1, keepdim=True))
+    target_logits = exponentials.gather(1, index)
+    sums = exponentials.exp_().sum(dim=-1, keepdim=True)
+    losses = (sums.log() - target_logits)[:, 0].masked_fill(ignored, 0.0)
+    exponentials.scatter_add_(1, index, -sums)
+    return losses, exponentials, sums.reciprocal().masked_fill(ignored[:, None], 0.0)
+
+
 def _capped_chunk(
     x: Tensor, weight: Tensor, targets: Tensor, soft_cap: float, ignore_index: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -222,7 +235,9 @@ class _ChunkedLoss(torch.autograd.Function):
         total = torch.zeros((), device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
         for rows in _slices(len(targets), chunk):
             part, target = x[rows], targets[rows]
-            if soft_cap is not None and soft_cap <= _EXPONENT_BOUND and len(weight) > _SMALL_VOCABULARY:
+            if soft_cap is None and len(weight) > _SMALL_VOCABULARY:
+                losses, grad, row_scale = _large_chunk(part, weight, target, ignore_index)
+            elif soft_cap is not None and soft_cap <= _EXPONENT_BOUND and len(weight) > _SMALL_VOCABULARY:
                 losses, grad, row_scale = _capped_chunk(part, weight, target, soft_cap, ignore_index)
             else:
                 losses, grad = _uncapped_chunk(part, weight, target, soft_cap, ignore_index)
