@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from tinygpt.errors import ConfigError
 from tinygpt.layers import _backends
+from tinygpt.layers._autocast import computed_dtype
 from tinygpt.layers._windowed import BLOCK_QUERIES
 
 # From this context on a window is worth a compiled kernel, and a mask in training worth a warning.
@@ -70,7 +71,7 @@ def causal_attention(
     backend = _backend(q, k, v, window_tokens)
     if backend == "sdpa":
         return _sdpa(q, k, v, window_tokens, scale)
-    dtype = _dtype(q)
+    dtype = computed_dtype(q)
     q, k, v = (x.to(dtype) for x in (q, k, v))
     return _backends.KERNELS[backend].attend(q, k, v, window_tokens, q.shape[3] ** -0.5 if scale is None else scale)
 
@@ -85,8 +86,8 @@ def _backend(q: Tensor, k: Tensor, v: Tensor, window_tokens: int | None) -> str:
     # kind, only torch's function knows; a kernel that is called by its name reads past the end of what does not fit.
     if type(q) is not Tensor or q.is_meta or q.numel() == 0 or v.shape != k.shape:
         return "sdpa"
-    dtype = _dtype(q)
-    if (k.shape[0], k.shape[3]) != (q.shape[0], q.shape[3]) or dtype != _dtype(k) or dtype != _dtype(v):
+    dtype = computed_dtype(q)
+    if (k.shape[0], k.shape[3]) != (q.shape[0], q.shape[3]) or dtype != computed_dtype(k) or dtype != computed_dtype(v):
         return "sdpa"
     # Derivatives along a direction, and functions of functions: an operator of ours would leave them out unsaid.
     if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
@@ -106,12 +107,6 @@ def _backend(q: Tensor, k: Tensor, v: Tensor, window_tokens: int | None) -> str:
 def _plain(condition: bool) -> bool:
     """Return a condition about sizes as a constant, as `choose` needs it, also in a trace where sizes are symbols."""
     return True if condition else False  # noqa: SIM210  (bool() would leave it a symbol)
-
-
-def _dtype(x: Tensor) -> torch.dtype:
-    """Return what a tensor is computed in: autocast reaches torch's own functions only, and leaves float64 alone."""
-    autocast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
-    return torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, window_tokens: int | None, scale: float | None) -> Tensor:

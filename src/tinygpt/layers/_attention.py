@@ -7,8 +7,10 @@ from torch.nn import functional as F
 
 from tinygpt.errors import ConfigError
 from tinygpt.layers._attend import causal_attention
+from tinygpt.layers._kept import made_again, others_choose_what_is_kept, takes_own_backward
 from tinygpt.layers._kv_cache import LayerCache
 from tinygpt.layers._linear import Linear
+from tinygpt.layers._norm import rms_norm
 from tinygpt.layers._rotary import RotaryEmbedding
 
 _SPLIT_HEADS = "batch seq (heads head_dim) -> batch heads seq head_dim"
@@ -120,8 +122,8 @@ class CausalSelfAttention(nn.Module):
             if token_ids is None:
                 raise ConfigError("this attention has a value embedding: call it with token_ids=(batch, seq) as well.")
             gate = self.value_gate_scale * torch.sigmoid(self.value_gate(x[..., : self.value_gate.in_features]))
-            extra = rearrange(self.value_embedding(token_ids).to(x.dtype), _SPLIT_HEADS, head_dim=self.head_dim)
-            v = v + rearrange(gate, "batch seq kv_heads -> batch kv_heads seq 1") * extra
+            gate = rearrange(gate, "batch seq kv_heads -> batch kv_heads seq 1")
+            v = v + _times_rows(gate, self.value_embedding, token_ids)
         if x.shape[1] == 1:
             # One token is so little work that calls count: queries and keys are turned and normalized as one tensor.
             both = self._turned_and_normed(torch.cat((q, k), dim=1), cache)
@@ -137,7 +139,7 @@ class CausalSelfAttention(nn.Module):
         if self.rope is not None:
             seq = x.shape[2]
             x = self.rope.turn(x, *(self.rope.tables(0, seq) if cache is None else cache.rotation(self.rope, seq)))
-        return F.rms_norm(x, (self.head_dim,), eps=self.norm_eps) if self.qk_norm else x
+        return rms_norm(x, eps=self.norm_eps) if self.qk_norm else x
 
     def flops_per_token(self, seq_len: int) -> int:
         """Return forward and backward FLOPs a token of scores and weighted sum, projections not included.
@@ -146,6 +148,23 @@ class CausalSelfAttention(nn.Module):
         """
         visible = seq_len if self.window_tokens is None else min(self.window_tokens, seq_len)
         return 12 * self.num_heads * self.head_dim * visible
+
+
+def _times_rows(gate: Tensor, table: nn.Embedding, token_ids: Tensor) -> Tensor:
+    """Return the gate `(batch, heads, seq, 1)` times the rows of these tokens, `(batch, heads, seq, head_dim)`.
+
+    The rows are looked up again for the backward pass instead of kept, but where looking up may do something else too.
+    """
+
+    def split(rows: Tensor) -> Tensor:
+        return rearrange(rows.to(gate.dtype), _SPLIT_HEADS, heads=gate.shape[1])
+
+    rows = split(table(token_ids))
+    plain = type(table).forward is nn.Embedding.forward and table.max_norm is None and not table._forward_hooks
+    if not plain or not takes_own_backward() or others_choose_what_is_kept():
+        return gate * rows
+    with made_again(rows, lambda: split(F.embedding(token_ids, table.weight)), of=[table.weight]):
+        return gate * rows
 
 
 def check_heads(dim: int, num_heads: int, num_kv_heads: int) -> None:

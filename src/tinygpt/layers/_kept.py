@@ -1,7 +1,12 @@
 """What layers may do about what autograd keeps for the backward pass."""
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
+from torch.autograd.graph import saved_tensors_hooks
 
 
 def takes_own_backward() -> bool:
@@ -26,3 +31,45 @@ def others_choose_what_is_kept() -> bool:
     hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
     enabled = getattr(torch._C._autograd, "_saved_tensors_hooks_is_enabled", lambda: True)
     return not enabled() or (hooks is not None and hooks(True) is not None)
+
+
+def made_again(result: Tensor, make: Callable[[], Tensor], *, of: Sequence[Tensor] = ()) -> saved_tensors_hooks:
+    """Return a context in which whoever keeps `result` for the backward pass makes it again there instead.
+
+    It says nothing of what is done with the result, so it holds for any layer that takes it.
+
+    Args:
+        result: What not to keep.
+        make: Returns an equal tensor; it may not hold on to `result`.
+        of: Parameters it is made of, which have to stay as they are until then.
+    """
+    # What autograd keeps holds on to these functions, so they may not hold on to the result. Not the address of its
+    # memory, which is 0 for everything on the meta device.
+    storage, dtype, version = result.untyped_storage()._cdata, result.dtype, result._version
+    versions = [source._version for source in of]
+
+    def pack(kept: Tensor) -> Any:
+        # Of another version it is another result: a layer changed it in place.
+        alike = kept.layout == torch.strided and kept.dtype == dtype and kept._version == version
+        if alike and kept.untyped_storage()._cdata == storage:
+            return None, kept.shape, kept.stride(), kept.storage_offset()
+        return kept, kept._version
+
+    def unpack(packed: Any) -> Tensor:
+        kept, *rest = packed
+        if kept is None:
+            if versions != [source._version for source in of]:
+                raise RuntimeError(_CHANGED)
+            with torch.no_grad():
+                return make().as_strided(*rest)
+        if kept._version != rest[0]:  # which autograd looks at by itself only without hooks
+            raise RuntimeError(_CHANGED)
+        return kept
+
+    return saved_tensors_hooks(pack, unpack)
+
+
+_CHANGED = (
+    "what a layer kept for the backward pass was changed in place before that pass; "
+    "change weights after it, and results out of place."
+)

@@ -1,17 +1,22 @@
 """A linear layer whose weight stays in float32 and whose product runs in the dtype of its input."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tinygpt.errors import ConfigError
+from tinygpt.layers._autocast import computed_dtype
+from tinygpt.layers._kept import takes_own_backward
 from tinygpt.layers._low_precision import low_precision_linear
 
 
 class Linear(nn.Linear):
     """`x @ weight.T (+ bias)` with a float32 master weight, multiplied in the dtype of `x`.
 
-    The optimizer sees full-precision weights while a bfloat16 input gives a bfloat16 product, without autocast.
+    The optimizer sees full-precision weights while a bfloat16 input gives a bfloat16 product, without autocast. The
+    bfloat16 copy of the weight is not kept for the backward pass, but made again there.
     With [`set_matmul_precision`][tinygpt.layers.set_matmul_precision] it multiplies in eight bits while training.
     The weight starts uniform with standard deviation `in_features ** -0.5`, the bias (off by default) at zero.
 
@@ -53,7 +58,28 @@ class Linear(nn.Linear):
             y = low_precision_linear(x, self.weight, self.matmul_precision)
             return y if self.bias is None else y + self.bias.to(y.dtype)
         bias = None if self.bias is None else self.bias.to(x.dtype)
+        if x.dtype == computed_dtype(x) != self.weight.dtype and bias is None and takes_own_backward():
+            product: Tensor = _CastLinear.apply(x, self.weight)
+            return product
         return F.linear(x, self.weight.to(x.dtype), bias)
+
+
+class _CastLinear(torch.autograd.Function):
+    """`x @ weight.T` in the dtype of `x`, for which the weight is kept as it is and cast a second time."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.linear(x, weight.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        grad_x = grad @ weight.to(grad.dtype) if ctx.needs_input_grad[0] else None
+        grad_weight = None
+        if ctx.needs_input_grad[1]:
+            grad_weight = (grad.reshape(-1, grad.shape[-1]).t() @ x.reshape(-1, x.shape[-1])).to(weight.dtype)
+        return grad_x, grad_weight
 
 
 def uniform_with_std_(tensor: Tensor, std: float) -> None:

@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from tinygpt.layers._autocast import computed_dtype
+
 # Kernels take multiples of 16 and the one for int8 more than 16 rows; rows of zeros are added to reach this.
 _ROW_MULTIPLE = 32
 # What is smaller counts as zero, so that factors stay far from the largest float32.
@@ -22,9 +24,7 @@ def low_precision_linear(x: Tensor, weight: Tensor, precision: str) -> Tensor:
 
     Under autocast its dtype takes the place of that of `x`, as for `F.linear`.
     """
-    if torch.is_autocast_enabled(x.device.type):  # which reaches torch's own functions only
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-    flat = x.reshape(-1, x.shape[-1])
+    flat = x.to(computed_dtype(x)).reshape(-1, x.shape[-1])
     missing = -len(flat) % _ROW_MULTIPLE if len(flat) else _ROW_MULTIPLE
     padded = F.pad(flat, (0, 0, 0, missing)) if missing else flat
     function = _Fp8Linear if precision == "fp8" else _Int8Linear

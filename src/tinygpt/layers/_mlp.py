@@ -4,10 +4,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 
-from tinygpt.layers._kept import others_choose_what_is_kept, takes_own_backward
+from tinygpt.layers._kept import made_again, others_choose_what_is_kept, takes_own_backward
 from tinygpt.layers._linear import Linear, uniform_with_std_
 
 
@@ -51,7 +50,7 @@ class ReluSquaredMLP(nn.Module):
         del hidden
         if others_choose_what_is_kept():
             return self.down_proj(square)
-        with _squared_again(relu.detach(), square):
+        with made_again(square, relu.detach().square):
             return self.down_proj(square)
 
 
@@ -73,36 +72,6 @@ class _ReluAndSquare(torch.autograd.Function):
             return grad
         through = grad_relu * (relu > 0)  # in the second of two backward passes alone
         return through if grad is None else grad + through
-
-
-def _squared_again(relu: Tensor, square: Tensor) -> saved_tensors_hooks:
-    """Return a context in which whoever keeps `square` for the backward pass keeps `relu` instead.
-
-    It says nothing of how the square is multiplied, so it holds for any layer in the place of the down projection.
-    """
-    # What autograd keeps holds on to these functions, so they may not hold on to the square. Not the address of its
-    # memory, which is 0 for everything on the meta device.
-    storage, dtype, version = square.untyped_storage()._cdata, square.dtype, square._version
-
-    def pack(kept: Tensor) -> Any:
-        # Of another version it is no square any more: a layer changed it in place.
-        alike = kept.layout == torch.strided and kept.dtype == dtype and kept._version == version
-        if alike and kept.untyped_storage()._cdata == storage:
-            return None, kept.shape, kept.stride(), kept.storage_offset()
-        return kept, kept._version
-
-    def unpack(packed: Any) -> Tensor:
-        kept, *rest = packed
-        if kept is None:
-            return relu.square().as_strided(*rest)
-        if kept._version != rest[0]:  # which autograd looks at by itself only without hooks
-            raise RuntimeError(
-                "what the layer after relu squared kept for the backward pass was changed in place before that pass; "
-                "change weights after it, and results out of place."
-            )
-        return kept
-
-    return saved_tensors_hooks(pack, unpack)
 
 
 class GeluMLP(nn.Module):
