@@ -48,6 +48,9 @@ VARIANTS = {
     "products in fp8": Variant("fp8"),
     "products in int8": Variant("int8"),
     "moments of tables by rows": Variant(rules={"table_second_moment": "row"}),
+    "and their first moments in bfloat16": Variant(
+        rules={"table_second_moment": "row", "table_first_moment": "bfloat16"}
+    ),
     "tables in bfloat16, to nearest": Variant(bfloat16_tables=True),
     "tables in bfloat16, by chance": Variant(bfloat16_tables=True, rules={"stochastic_rounding": True}),
     "tables in bfloat16, by chance, by rows": Variant(

@@ -10,7 +10,8 @@ from torch.autograd.graph import save_on_cpu
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from tinygpt.layers import Linear, LMHead, ReluSquaredMLP, RMSNorm
+from tinygpt.layers import CausalSelfAttention, Linear, LMHead, ReluSquaredMLP, RMSNorm, RotaryEmbedding, ValueEmbedding
+from tinygpt.memory._kernels import KernelsOf
 from tinygpt.memory._ledger import Ledger
 
 
@@ -98,16 +99,20 @@ def test_the_feed_forward_layer_holds_in_every_surrounding(surroundings: str) ->
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
 
-def kept_numbers(module: nn.Module, *shape: int) -> int:
-    """Return how many numbers a call keeps for the backward pass, what it returns included."""
+def kept_bytes(module: nn.Module, *shape: int, dtype: torch.dtype = torch.float32, **more: Tensor) -> int:
+    """Return how much a call keeps for the backward pass, what it returns included."""
     module = module.to("meta")
-    x = torch.empty(*shape, device="meta", requires_grad=True)
-    ledger = Ledger([x, *module.parameters()], block=1)
-    with ledger:
-        out = module(x)
+    x = torch.empty(*shape, device="meta", dtype=dtype, requires_grad=True)
+    ledger = Ledger([x, *module.parameters(), *module.buffers(), *more.values()], block=1)
+    with ledger, KernelsOf("cuda"):
+        out = module(x, **more)
         kept = sum(ledger.alive().values())
     assert out.requires_grad
-    return kept // 4
+    return kept
+
+
+def kept_numbers(module: nn.Module, *shape: int) -> int:
+    return kept_bytes(module, *shape) // 4
 
 
 def test_norm_and_feed_forward_layer_keep_what_they_say() -> None:
@@ -196,3 +201,107 @@ def test_forward_differentiation_and_forbidden_hooks_work() -> None:
     expected = both(x)
     with torch.autograd.graph.disable_saved_tensors_hooks("not now"):
         assert torch.equal(both(x), expected)
+
+
+@pytest.mark.parametrize("shape", [(7, 16), (2, 3, 16), (16,), (0, 16), (2, 3, 4, 16)])
+@pytest.mark.parametrize("frozen", ["nothing", "weight", "input"])
+def test_a_product_in_another_dtype_is_that_of_a_cast_weight_to_the_bit(shape: tuple[int, ...], frozen: str) -> None:
+    torch.manual_seed(0)
+    linear, x = Linear(16, 24), torch.randn(shape, dtype=torch.bfloat16)
+    linear.weight.requires_grad_(frozen != "weight")
+    results = []
+    for call in (linear, lambda x: F.linear(x, linear.weight.to(x.dtype))):
+        given = x.clone().requires_grad_(frozen != "input")
+        out = call(given)
+        trained = [each for each in (given, linear.weight) if each.requires_grad]
+        results.append([out, *torch.autograd.grad((out * out.detach()).sum(), trained)])
+    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(*results, strict=True))
+
+
+def test_a_product_in_another_dtype_keeps_no_copy_of_the_weight() -> None:
+    assert kept_bytes(Linear(16, 24), 10, 16, dtype=torch.bfloat16) == 2 * 10 * 24  # the result alone
+
+
+def test_a_product_in_another_dtype_can_be_differentiated_twice() -> None:
+    torch.manual_seed(0)
+    linear, x = Linear(4, 3), torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+    found, expected = [], []
+    for results, call in ((found, linear), (expected, lambda x: F.linear(x, linear.weight.double()))):
+        (first,) = torch.autograd.grad(call(x).square().sum(), x, create_graph=True)
+        results.extend(torch.autograd.grad(first.square().sum(), (x, linear.weight)))
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_autocast_decides_over_the_dtype_of_the_input() -> None:
+    linear = Linear(16, 24)
+    with torch.autocast("cpu", torch.float16):
+        out = linear(torch.randn(3, 16, dtype=torch.bfloat16, requires_grad=True))
+    out.float().sum().backward()
+    assert out.dtype == torch.float16
+    assert linear.weight.grad is not None
+
+
+def test_a_weight_that_changes_before_the_backward_pass_is_noticed_in_every_dtype() -> None:
+    linear = Linear(16, 24)
+    out = linear(torch.randn(3, 16, dtype=torch.bfloat16, requires_grad=True))
+    with torch.no_grad():
+        linear.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+def value_attention(table: nn.Embedding | None = None) -> CausalSelfAttention:
+    torch.manual_seed(0)
+    table = ValueEmbedding(11, 32) if table is None else table
+    attention = CausalSelfAttention(64, 4, num_kv_heads=2, rope=RotaryEmbedding(16, 8), value_embedding=table)
+    nn.init.normal_(attention.o_proj.weight, std=0.3)
+    return attention
+
+
+def test_attention_in_bfloat16_keeps_what_its_kernel_keeps_and_the_input() -> None:
+    rows, dim, kv_dim, heads, kv_heads = 2 * 8, 64, 32, 4, 2
+    ids = torch.zeros(2, 8, dtype=torch.int64, device="meta")
+    kept = kept_bytes(value_attention(), 2, 8, dim, dtype=torch.bfloat16, token_ids=ids)
+    numbers = 2 * dim + 2 * kv_dim + dim + kv_heads + kv_heads  # q, kernel's result, k, v, result, gate and its sigmoid
+    in_float32 = heads + heads + kv_heads  # sums of the softmax; the factors of the norms of q and k
+    tables = 2 * 8 * 8 * 2 * 2  # cosines and sines of q and of k
+    assert kept == rows * (2 * numbers + 4 * in_float32) + tables
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["plain", "hooked", "largest norm", "checkpoint", "compiled"])
+def test_rows_of_the_value_table_give_the_same_gradients_however_they_are_kept(kind: str, dtype: torch.dtype) -> None:
+    table = ValueEmbedding(11, 32)
+    if kind == "largest norm":
+        table.max_norm = 0.5
+    if kind == "hooked":
+        table.register_forward_hook(lambda module, args, rows: 2 * rows)
+    attention = value_attention(table)
+    ids = torch.randint(11, (2, 8))
+    x = torch.randn(2, 8, 64).to(dtype)
+    parameters = [*attention.parameters()]
+
+    def call(x: Tensor) -> Tensor:
+        if kind == "checkpoint":
+            return checkpoint(lambda x: attention(x, token_ids=ids), x, use_reentrant=False)
+        if kind == "compiled":
+            return torch.compile(attention, backend="aot_eager")(x, token_ids=ids)
+        return attention(x, token_ids=ids)
+
+    def kept(x: Tensor) -> Tensor:
+        with torch.autograd.graph.disable_saved_tensors_hooks("so that everything is kept"):
+            return attention(x, token_ids=ids)
+
+    for a, b in zip(gradients(call, x, *parameters), gradients(kept, x, *parameters), strict=True):
+        assert (a - b).norm() <= (1e-6 if dtype == torch.float32 else 1e-2) * b.norm()
+
+
+def test_a_value_table_that_changes_before_the_backward_pass_is_noticed() -> None:
+    attention = value_attention()
+    out = attention(torch.randn(2, 8, 64), token_ids=torch.randint(11, (2, 8)))
+    assert attention.value_embedding is not None
+    with torch.no_grad():
+        attention.value_embedding.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="changed in place before that pass"):
+        out.sum().backward()

@@ -1,4 +1,4 @@
-"""What tables of embeddings may have instead: a second moment a row, and rounding to bfloat16 by chance."""
+"""What tables of embeddings may have instead: smaller moments, and rounding to bfloat16 by chance."""
 
 import copy
 import math
@@ -95,7 +95,33 @@ def test_rows_nearly_halve_the_state_of_the_tables_and_the_estimate_says_so() ->
     assert estimates["element"] - estimates["row"] == sizes["element"] - sizes["row"]
 
 
-@pytest.mark.parametrize("options", [{"second_moment": "row"}, {"stochastic_rounding": True}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_first_moment_in_bfloat16_is_rounded_once_a_step_and_computed_with_in_float32(dtype: torch.dtype) -> None:
+    table, expected = randn(7, 6).to(dtype), randn(7, 6).to(dtype)
+    exp_avg, rounded = torch.zeros(7, 6, dtype=torch.bfloat16), torch.zeros(7, 6)
+    exp_avg_sq, squares = torch.zeros(7, 6), torch.zeros(7, 6)
+    for step in range(1, 6):
+        grad = randn(7, 6, seed=step).to(dtype)
+        adamw_update([table], [grad], [exp_avg], [exp_avg_sq], [step], **HYPER)
+        adamw_update([expected], [grad], [rounded], [squares], [step], **HYPER)
+        rounded = rounded.bfloat16().float()
+        torch.testing.assert_close(table, expected, rtol=1e-6 if dtype == torch.float32 else 0.0, atol=1e-7)
+    torch.testing.assert_close(exp_avg.float(), rounded)
+
+
+def test_small_moments_leave_a_quarter_of_a_tables_state() -> None:
+    table = nn.Parameter(randn(512, 256).bfloat16())
+    sizes = []
+    for options in ({}, {"first_moment": "bfloat16", "second_moment": "row"}):
+        optimizer = table_optimizer(table, **options)
+        train(table, optimizer, range(1))
+        sizes.append(sum(value.nbytes for value in optimizer.state[table].values() if isinstance(value, Tensor)))
+    assert sizes == [8 * 512 * 256, 2 * 512 * 256 + 4 * 512]
+
+
+@pytest.mark.parametrize(
+    "options", [{"first_moment": "bfloat16"}, {"second_moment": "row"}, {"stochastic_rounding": True}]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_resumed_table_goes_on_to_the_same_bits(options: dict[str, Any], dtype: torch.dtype) -> None:
     whole = nn.Parameter(randn(9, 6).to(dtype))
@@ -112,12 +138,19 @@ def test_a_resumed_table_goes_on_to_the_same_bits(options: dict[str, Any], dtype
     assert torch.equal(second, whole)
 
 
-def test_a_state_of_the_other_second_moment_is_refused() -> None:
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"second_moment": "row"}, "second_moment='row', the optimizer's has 'element': table"),
+        ({"first_moment": "bfloat16"}, "first_moment='bfloat16', the optimizer's has 'float32': table"),
+    ],
+)
+def test_a_state_of_other_moments_is_refused(options: dict[str, Any], message: str) -> None:
     table = nn.Parameter(randn(4, 4))
-    by_rows, plain = table_optimizer(table, second_moment="row"), table_optimizer(table)
-    train(table, by_rows, range(1))
-    with pytest.raises(CheckpointError, match="second_moment='row', the optimizer's has 'element': table"):
-        plain.load_state_dict(by_rows.state_dict())
+    small, plain = table_optimizer(table, **options), table_optimizer(table)
+    train(table, small, range(1))
+    with pytest.raises(CheckpointError, match=message):
+        plain.load_state_dict(small.state_dict())
 
 
 def test_a_state_from_before_there_were_these_options_loads() -> None:
@@ -126,7 +159,7 @@ def test_a_state_from_before_there_were_these_options_loads() -> None:
     train(table, optimizer, range(1))
     state = copy.deepcopy(optimizer.state_dict())
     for group in state["param_groups"]:
-        del group["second_moment"], group["stochastic_rounding"]
+        del group["first_moment"], group["second_moment"], group["stochastic_rounding"]
     other = table_optimizer(table)
     other.load_state_dict(state)
     assert torch.equal(other.state[table]["exp_avg_sq"], optimizer.state[table]["exp_avg_sq"])
@@ -208,6 +241,7 @@ def test_stochastic_rounding_changes_nothing_that_is_stored_in_float32() -> None
     [
         (torch.zeros(3), {"second_moment": "row"}, r"for tables, which have two axes, not for table \(3,\)"),
         (torch.zeros(3, 3), {"second_moment": "column"}, "second_moment='column' is not known; choose 'element' or"),
+        (torch.zeros(3, 3), {"first_moment": "row"}, "first_moment='row' is not known; choose 'float32' or 'bfloat16'"),
         (torch.zeros(3, 3), {"stochastic_rounding": 1}, "stochastic_rounding=1 must be True or False"),
         (torch.zeros(3).half(), {"stochastic_rounding": True}, "is for bfloat16; table is stored in float16"),
     ],

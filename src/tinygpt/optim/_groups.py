@@ -13,6 +13,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "betas": (0.9, 0.95),
         "eps": 1e-8,
         "weight_decay": 0.0,
+        "first_moment": "float32",
         "second_moment": "element",
         "stochastic_rounding": False,
     },
@@ -93,6 +94,8 @@ def check_options(options: dict[str, Any]) -> None:
         raise ConfigError(f"polar_dtype={polar_dtype!r} is not known; choose 'auto', 'float32' or 'bfloat16'.")
     if (second_moment := options.get("second_moment", "element")) not in ("element", "row"):
         raise ConfigError(f"second_moment={second_moment!r} is not known; choose 'element' or 'row'.")
+    if (first_moment := options.get("first_moment", "float32")) not in ("float32", "bfloat16"):
+        raise ConfigError(f"first_moment={first_moment!r} is not known; choose 'float32' or 'bfloat16'.")
     if not isinstance(rounding := options.get("stochastic_rounding", False), bool):
         raise ConfigError(f"stochastic_rounding={rounding!r} must be True or False.")
 

@@ -1,6 +1,6 @@
 """Optimizer state as it is saved: keyed by parameter name, whatever the grouping or stacking."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,18 +13,27 @@ VERSION = 1
 Group = dict[str, Any]
 
 
-def state_dtype(param: Tensor) -> torch.dtype:
-    """Return the dtype of a parameter's moments: its own, and at least float32."""
-    return torch.promote_types(param.dtype, torch.float32)
+class StateTensor(NamedTuple):
+    """How one state tensor of a parameter is stored."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
 
 
-def state_shapes(group: Group, param: Tensor) -> dict[str, tuple[int, ...]]:
-    """Return the name and shape of every state tensor of a parameter of a group."""
-    shape = tuple(param.shape)
+def state_layout(group: Group, param: Tensor) -> dict[str, StateTensor]:
+    """Return the state tensors of a parameter of a group by name: in its own dtype, and at least float32."""
+    shape, dtype = tuple(param.shape), torch.promote_types(param.dtype, torch.float32)
     if group["kind"] == "adamw":
-        return {"exp_avg": shape, "exp_avg_sq": (shape[0], 1) if group["second_moment"] == "row" else shape}
+        return {
+            "exp_avg": StateTensor(shape, torch.bfloat16 if group["first_moment"] == "bfloat16" else dtype),
+            "exp_avg_sq": StateTensor((shape[0], 1) if group["second_moment"] == "row" else shape, dtype),
+        }
     rows, cols = shape
-    return {"momentum": shape, "second_moment": (rows, 1) if rows >= cols else (1, cols)}
+    return {"momentum": StateTensor(shape, dtype), "second_moment": StateTensor(_factored(rows, cols), dtype)}
+
+
+def _factored(rows: int, cols: int) -> tuple[int, int]:
+    return (rows, 1) if rows >= cols else (1, cols)
 
 
 def matching_groups(groups: list[Group], state_dict: dict[str, Any]) -> list[Group]:
@@ -86,12 +95,14 @@ def _match(group: Group, saved_groups: list[Group]) -> Group:
                 f"the saved group is of kind {saved['kind']!r}, the optimizer's of kind {group['kind']!r}: "
                 f"{', '.join(sorted(names))}. Build the optimizer with the rules it was saved with."
             )
-        was, wanted = (each.get("second_moment", "element") for each in (saved, group))
-        if was != wanted:
-            raise CheckpointError(
-                f"the saved group has second_moment={was!r}, the optimizer's has {wanted!r}: "
-                f"{', '.join(sorted(names))}. One cannot be made from the other: build it with {was!r}."
-            )
+        for option in ("first_moment", "second_moment"):
+            default = DEFAULTS["adamw"][option]
+            was, wanted = saved.get(option, default), group.get(option, default)
+            if was != wanted:
+                raise CheckpointError(
+                    f"the saved group has {option}={was!r}, the optimizer's has {wanted!r}: "
+                    f"{', '.join(sorted(names))}. The one is not the other: build it with {was!r}."
+                )
         return saved
     raise CheckpointError(
         f"the state was saved with other groups; none holds exactly {', '.join(sorted(names))}. "
@@ -103,16 +114,16 @@ def _check_entry(name: str, group: Group, param: Tensor, entry: dict[str, Any]) 
     step = entry.get("step")
     if not isinstance(step, int) or step < 0:
         raise CheckpointError(f"optimizer state of {name!r} has step={step!r}; it must be an integer from 0.")
-    expected = state_shapes(group, param) if step > 0 else {}
+    expected = state_layout(group, param) if step > 0 else {}
     tensors = {key: value for key, value in entry.items() if key != "step"}
     if set(tensors) != set(expected):
         raise CheckpointError(
             f"optimizer state of {name!r} at step {step} holds {sorted(tensors)}, it must hold {sorted(expected)}."
         )
-    for key, shape in expected.items():
-        given = tensors[key]
-        if tuple(given.shape) != shape or given.dtype != state_dtype(param):
+    for key, wanted in expected.items():
+        given = StateTensor(tuple(tensors[key].shape), tensors[key].dtype)
+        if given != wanted:
             raise CheckpointError(
-                f"optimizer state {key!r} of {name!r} is {given.dtype} {tuple(given.shape)}, "
-                f"it must be {state_dtype(param)} {shape}."
+                f"optimizer state {key!r} of {name!r} is {given.dtype} {given.shape}, "
+                f"it must be {wanted.dtype} {wanted.shape}."
             )

@@ -1,6 +1,6 @@
 """The groups of the documented run."""
 
-from typing import Any
+from typing import Any, Literal
 
 from tinygpt.errors import ConfigError
 from tinygpt.optim._param_groups import Rule
@@ -21,7 +21,8 @@ def nanochat_rules(
     weight_decay: float = 0.28,
     row_equilibration: bool = False,
     norm_renormalization: bool = False,
-    table_second_moment: str = "element",
+    table_first_moment: Literal["float32", "bfloat16"] = "float32",
+    table_second_moment: Literal["element", "row"] = "element",
     stochastic_rounding: bool = False,
 ) -> list[Rule]:
     """Build the rules for the parameter names of `tinygpt.GPT`, with nanochat's settings.
@@ -42,6 +43,8 @@ def nanochat_rules(
         weight_decay: Cautious weight decay of the matrices.
         row_equilibration: As in [`MuonAdamW`][tinygpt.optim.MuonAdamW]; off in the documented run.
         norm_renormalization: As in [`MuonAdamW`][tinygpt.optim.MuonAdamW]; off in the documented run.
+        table_first_moment: The `first_moment` of token and value embeddings; "float32" here, while nanochat takes the
+            dtype of the table, bfloat16.
         table_second_moment: The `second_moment` of token and value embeddings; "element" in the documented run.
         stochastic_rounding: Of token and value embeddings that are stored in bfloat16; off in the documented run.
 
@@ -74,7 +77,11 @@ def nanochat_rules(
         "blocks.*.mlp.*_proj.weight",
         "blocks.*.attention.value_gate.weight",
     )
-    table: dict[str, Any] = {"second_moment": table_second_moment, "stochastic_rounding": stochastic_rounding}
+    table: dict[str, Any] = {
+        "first_moment": table_first_moment,
+        "second_moment": table_second_moment,
+        "stochastic_rounding": stochastic_rounding,
+    }
     return [
         _adamw("head.weight", unembedding_lr * width_scale, (0.8, 0.96), 0.01),
         _adamw("embedding.weight", embedding, (0.8, 0.995), 0.001, **table),

@@ -36,8 +36,9 @@ def adamw_update(
     `p -= lr / (1 - beta1**t) * m / (sqrt(v / (1 - beta2**t)) + eps)`.
 
     torch's fused kernel does it where parameter, gradient and moments share a dtype. Otherwise (parameters stored
-    in bfloat16) the arithmetic runs in the dtype of the moments, float32: with beta2 = 0.995 a moment moves by at
-    most 0.5 % a step, about the spacing of bfloat16 numbers, and would stand still if it were stored in it.
+    in bfloat16) the arithmetic runs in the dtype of the second moment, float32: with beta2 = 0.995 that moves by at
+    most 0.5 % a step, about the spacing of bfloat16 numbers, and would stand still if it were stored in it. The first
+    moment moves by more and may be stored so.
 
     Args:
         params: Parameters, any shapes. Changed.
@@ -143,14 +144,16 @@ def _adamw_plain(
     row_wise = exp_avg_sq.shape != param.shape
     rows = max(1, _SLICE_ELEMENTS * len(param) // max(1, param.numel()))
     for p, g, m, v in zip(*(torch.split(tensor, rows) for tensor in (param, grad, exp_avg, exp_avg_sq)), strict=True):
-        wide = g.to(m.dtype)
-        m.lerp_(wide, 1 - beta1)
+        wide = g.to(v.dtype)
+        mean = m.to(v.dtype).lerp_(wide, 1 - beta1)  # m itself, if it has that dtype
+        if mean is not m:
+            m.copy_(mean)
         v.lerp_(wide.square().mean(-1, keepdim=True) if row_wise else wide.square(), 1 - beta2)
         del wide
         denominator = (v / (1 - beta2**step)).sqrt_().add_(eps)
-        result = p.to(m.dtype).mul_(1 - lr * weight_decay)  # p itself, if it has that dtype
-        result.addcdiv_(m, denominator, value=-lr / (1 - beta1**step))
-        del denominator
+        result = p.to(v.dtype).mul_(1 - lr * weight_decay)  # p itself, if it has that dtype
+        result.addcdiv_(mean, denominator, value=-lr / (1 - beta1**step))
+        del denominator, mean
         if result is not p:
             p.copy_(result if generator is None else round_stochastically(result, generator))
 

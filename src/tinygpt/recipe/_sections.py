@@ -229,6 +229,7 @@ class OptimizerRecipe(Config):
         weight_decay: Weight decay of the matrices.
         row_equilibration: As in `MuonAdamW`.
         norm_renormalization: As in `MuonAdamW`.
+        table_first_moment: `"bfloat16"` halves the first moment of the token and value tables, as in `MuonAdamW`.
         table_second_moment: `"row"` keeps one second moment a row of the token and value tables, which saves memory.
         stochastic_rounding: Of token and value tables that are stored in bfloat16, as in `MuonAdamW`.
     """
@@ -241,6 +242,7 @@ class OptimizerRecipe(Config):
     weight_decay: Rate = 0.28
     row_equilibration: bool = False
     norm_renormalization: bool = False
+    table_first_moment: Literal["float32", "bfloat16"] = "float32"
     table_second_moment: Literal["element", "row"] = "element"
     stochastic_rounding: bool = False
 

@@ -70,7 +70,7 @@ def load_optimizer_state(folder: str | Path, optimizer: MuonAdamW, step: int | N
     References:
         `MuonAdamW` and `DistMuonAdamW` of [nanochat](https://github.com/karpathy/nanochat): the state of Muon is
         stacked by shape and dealt to ranks by matrices, that of AdamW by rows. Moments it stored in bfloat16 are
-        widened to float32. Muon counts no steps there; here they are those of AdamW.
+        widened to float32, but for a `first_moment="bfloat16"`. Muon counts no steps there; here they are those of AdamW.
 
     Example:
         ```python no-run: needs a checkpoint
@@ -242,9 +242,10 @@ def _our_state(optimizer: MuonAdamW, entries: dict[str, _Entry], options: dict[s
                 )
             chosen = options[theirs]
             entry = entries[theirs]
-            dtype = torch.promote_types(param.dtype, torch.float32)
+            wide = torch.promote_types(param.dtype, torch.float32)
+            dtypes = {"exp_avg": torch.bfloat16 if live.get("first_moment") == "bfloat16" else wide}
             own["state"][name] = {"step": steps if entry.step is None else entry.step} | {
-                key: (tensor if place is None else tensor[place : place + 1]).to(dtype)
+                key: (tensor if place is None else tensor[place : place + 1]).to(dtypes.get(key, wide))
                 for key, tensor in entry.tensors.items()
             }
         group.update(chosen)
