@@ -10,7 +10,16 @@ from torch.autograd.graph import save_on_cpu
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from tinygpt.layers import CausalSelfAttention, Linear, LMHead, ReluSquaredMLP, RMSNorm, RotaryEmbedding, ValueEmbedding
+from tinygpt.layers import (
+    Block,
+    CausalSelfAttention,
+    Linear,
+    LMHead,
+    ReluSquaredMLP,
+    RMSNorm,
+    RotaryEmbedding,
+    ValueEmbedding,
+)
 from tinygpt.memory._kernels import KernelsOf
 from tinygpt.memory._ledger import Ledger
 
@@ -267,6 +276,18 @@ def test_attention_in_bfloat16_keeps_what_its_kernel_keeps_and_the_input() -> No
     in_float32 = heads + heads + kv_heads  # sums of the softmax; the factors of the norms of q and k
     tables = 2 * 8 * 8 * 2 * 2  # cosines and sines of q and of k
     assert kept == rows * (2 * numbers + 4 * in_float32) + tables
+
+
+def test_a_block_that_recomputes_keeps_neither_its_hidden_layer_nor_the_norm_before_the_attention() -> None:
+    kept = []
+    for recompute in (False, True):
+        block = Block(64, value_attention(), ReluSquaredMLP(64, 256), residual_scale=1.0, x0_scale=0.1)
+        block.recompute_mlp = recompute
+        x0 = torch.empty(2, 8, 64, dtype=torch.bfloat16, device="meta")
+        ids = torch.zeros(2, 8, dtype=torch.int64, device="meta")
+        kept.append(kept_bytes(block, 2, 8, 64, dtype=torch.bfloat16, x0=x0, token_ids=ids))
+    norm, scale_in_bfloat16 = 2 * 64 + 4, 2
+    assert kept[0] - kept[1] == 2 * 8 * (2 * 256 + norm) + scale_in_bfloat16
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

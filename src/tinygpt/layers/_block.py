@@ -1,10 +1,13 @@
 """The transformer block, and the backout of its middle."""
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tinygpt.errors import ConfigError
+from tinygpt.layers._kept import made_again, others_choose_what_is_kept, takes_own_backward
 from tinygpt.layers._kv_cache import LayerCache
 from tinygpt.layers._norm import RMSNorm
 
@@ -24,7 +27,8 @@ class Block(nn.Module):
         x0_scale: First value of `b`; `None` leaves the term out.
 
     Attributes:
-        recompute_mlp: Whether the backward pass computes the inside of `mlp` again instead of keeping it.
+        recompute_mlp: Whether the backward pass computes the inside of `mlp` again instead of keeping it, and, for next
+            to nothing, the norm before the attention.
 
     References:
         The two scalars are modded-nanogpt's residual and x0 lambdas.
@@ -80,18 +84,32 @@ class Block(nn.Module):
         Raises:
             ConfigError: If `x0` is needed and missing.
         """
+        again: AbstractContextManager[object] = nullcontext()
+        if self.recompute_mlp and takes_own_backward() and not others_choose_what_is_kept():
+            entered = x.detach()
+            x, normed = checkpoint(self._enter, x, x0, use_reentrant=False, preserve_rng_state=False)
+            scales = [each for each in (self.residual_scale, self.x0_scale) if each is not None]
+            read = [*scales, *self.attention_norm.parameters()]
+            again = made_again(normed, lambda: self._enter(entered, x0)[1], of=read)
+        else:
+            x, normed = self._enter(x, x0)
+        with again:
+            x = x + self.attention(normed, token_ids=token_ids, cache=cache)
+        normed = self.mlp_norm(x)
+        if self.recompute_mlp and torch.is_grad_enabled():
+            # It stops as soon as it has what was not kept, so the last product in `mlp` is not repeated.
+            return x + checkpoint(self.mlp, normed, use_reentrant=False)
+        return x + self.mlp(normed)
+
+    def _enter(self, x: Tensor, x0: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the stream with its share of `x0`, and the norm of that."""
         if self.residual_scale is not None:
             x = self.residual_scale.to(x.dtype) * x
         if self.x0_scale is not None:
             if x0 is None:
                 raise ConfigError("this Block has an x0_scale: call it with x0=(batch, seq, dim), the embedded input.")
             x = x + self.x0_scale.to(x.dtype) * x0
-        x = x + self.attention(self.attention_norm(x), token_ids=token_ids, cache=cache)
-        normed = self.mlp_norm(x)
-        if self.recompute_mlp and torch.is_grad_enabled():
-            # It stops as soon as it has what was not kept, so the last product in `mlp` is not repeated.
-            return x + checkpoint(self.mlp, normed, use_reentrant=False)
-        return x + self.mlp(normed)
+        return x, self.attention_norm(x)
 
 
 class Backout(nn.Module):

@@ -26,11 +26,15 @@ def takes_own_backward() -> bool:
 
 
 def others_choose_what_is_kept() -> bool:
-    """Return whether hooks into what autograd keeps are forbidden, or somebody's, as those of checkpointing."""
+    """Return whether hooks into what autograd keeps are forbidden, or somebody's, as those of checkpointing.
+
+    Those of `made_again` are nobody else's: inside of them a smaller part may have its own.
+    """
     # Private as well. Hooks inside of theirs take nothing from the result, but from what theirs save.
     hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
     enabled = getattr(torch._C._autograd, "_saved_tensors_hooks_is_enabled", lambda: True)
-    return not enabled() or (hooks is not None and hooks(True) is not None)
+    top = None if hooks is None else hooks(True)
+    return not enabled() or (top is not None and top[0].__module__ != __name__)
 
 
 def made_again(result: Tensor, make: Callable[[], Tensor], *, of: Sequence[Tensor] = ()) -> saved_tensors_hooks:
@@ -47,6 +51,7 @@ def made_again(result: Tensor, make: Callable[[], Tensor], *, of: Sequence[Tenso
     # memory, which is 0 for everything on the meta device.
     storage, dtype, version = result.untyped_storage()._cdata, result.dtype, result._version
     versions = [source._version for source in of]
+    made: list[Tensor] = []  # for all who kept it; it goes when the last of them is done
 
     def pack(kept: Tensor) -> Any:
         # Of another version it is another result: a layer changed it in place.
@@ -61,7 +66,8 @@ def made_again(result: Tensor, make: Callable[[], Tensor], *, of: Sequence[Tenso
             if versions != [source._version for source in of]:
                 raise RuntimeError(_CHANGED)
             with torch.no_grad():
-                return make().as_strided(*rest)
+                made[:] = made or [make()]
+                return made[0].as_strided(*rest)
         if kept._version != rest[0]:  # which autograd looks at by itself only without hooks
             raise RuntimeError(_CHANGED)
         return kept

@@ -67,7 +67,7 @@ class _ReluAndSquare(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_relu: Tensor | None, grad_square: Tensor | None) -> Tensor | None:
         (relu,) = ctx.saved_tensors
-        grad = None if grad_square is None else 2.0 * (grad_square * relu)
+        grad = None if grad_square is None else (grad_square * relu).mul_(2.0)
         if grad_relu is None:
             return grad
         through = grad_relu * (relu > 0)  # in the second of two backward passes alone

@@ -70,7 +70,8 @@ def load_optimizer_state(folder: str | Path, optimizer: MuonAdamW, step: int | N
     References:
         `MuonAdamW` and `DistMuonAdamW` of [nanochat](https://github.com/karpathy/nanochat): the state of Muon is
         stacked by shape and dealt to ranks by matrices, that of AdamW by rows. Moments it stored in bfloat16 are
-        widened to float32, but for a `first_moment="bfloat16"`. Muon counts no steps there; here they are those of AdamW.
+        widened to float32, but for a `first_moment="bfloat16"`. Muon counts no steps there; here they are those of
+        AdamW.
 
     Example:
         ```python no-run: needs a checkpoint
