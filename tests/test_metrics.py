@@ -3,8 +3,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tinygpt.errors import DataError
 from tinygpt import hardware
+from tinygpt.errors import DataError
 from tinygpt.metrics import MetricsFile, Stopwatch, gpu_name, peak_flops, peak_memory_bytes, read_metrics
 
 

@@ -1,6 +1,6 @@
 """The groups of the documented run."""
 
-from typing import Any
+from typing import Any, Literal
 
 from tinygpt.errors import ConfigError
 from tinygpt.optim._param_groups import Rule
@@ -21,7 +21,7 @@ def nanochat_rules(
     weight_decay: float = 0.28,
     row_equilibration: bool = False,
     norm_renormalization: bool = False,
-    table_second_moment: str = "element",
+    table_second_moment: Literal["element", "row"] = "element",
     stochastic_rounding: bool = False,
 ) -> list[Rule]:
     """Build the rules for the parameter names of `tinygpt.GPT`, with nanochat's settings.
@@ -42,14 +42,15 @@ def nanochat_rules(
         weight_decay: Cautious weight decay of the matrices.
         row_equilibration: As in [`MuonAdamW`][tinygpt.optim.MuonAdamW]; off in the documented run.
         norm_renormalization: As in [`MuonAdamW`][tinygpt.optim.MuonAdamW]; off in the documented run.
-        table_second_moment: The `second_moment` of token and value embeddings; "element" in the documented run.
+        table_second_moment: The `second_moment` of token and value embeddings: one a number, or one a row to save
+            memory; "element" in the documented run.
         stochastic_rounding: Of token and value embeddings that are stored in bfloat16; off in the documented run.
 
     Returns:
         The rules, first match wins.
 
     Raises:
-        ConfigError: If `model_dim` is not positive.
+        ConfigError: If `model_dim` is not positive, or `table_second_moment` is something else.
 
     Example:
         ```python
@@ -58,6 +59,8 @@ def nanochat_rules(
     """
     if model_dim <= 0:
         raise ConfigError(f"model_dim={model_dim} must be positive.")
+    if table_second_moment not in ("element", "row"):
+        raise ConfigError(f"table_second_moment={table_second_moment!r} is not known; choose 'element' or 'row'.")
     width_scale = batch_lr_scale * (model_dim / 768) ** -0.5
     embedding = embedding_lr * width_scale
     scalar = scalar_lr * batch_lr_scale
