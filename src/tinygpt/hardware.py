@@ -3,7 +3,7 @@
 Dense rates without sparsity, at the vendor's boost clock. On GeForce cards the 16-bit tensor cores run at half rate
 when they accumulate in float32, which is what torch does. Memory is from the same pages as the rates; where one name
 stands for two sizes it is the smaller, but for the RTX 3060 the common one. Cards with GDDR memory that are sold with
-error correction on lose a sixteenth of it. Processors that share their memory with the GPU have none of their own.
+error correction on lose a sixteenth of it. A GPU that shares the memory of a processor has None.
 
 A device that is not listed gives None: a wrong peak is worse than none. So has one whose name another device bears too,
 with other rates: the RTX 2060 (6 and 12 GB), the RTX 3050, Quadro RTX cards (with and without a fan), and the MI250,

@@ -97,7 +97,7 @@ class RecipeRun:
             self._write_report()
         return last
 
-    def _sent_to(self) -> list[str]:
+    def _sent_to(self) -> Collection[str]:
         """Return the trackers that have the run already; a run of its name in another one is someone else's."""
         began = all((self.out_dir / name).exists() for name in ("metrics.jsonl", RECIPE_FILE))
         return type(self.recipe).load(self.out_dir).trackers if began and self.recipe.trackers else []
