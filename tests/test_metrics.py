@@ -3,8 +3,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from tinygpt import hardware
 from tinygpt.errors import DataError
-from tinygpt.metrics import MetricsFile, Stopwatch, peak_flops, peak_memory_bytes, read_metrics
+from tinygpt.metrics import MetricsFile, Stopwatch, gpu_name, peak_flops, peak_memory_bytes, read_metrics
 
 
 def test_a_resumed_file_drops_what_the_run_will_write_again(tmp_path: Path) -> None:
@@ -39,6 +40,18 @@ def test_numbers_that_json_does_not_know_become_null(tmp_path: Path) -> None:
 def test_memory_is_known_on_cpu_and_peak_flops_is_not() -> None:
     assert (peak_memory_bytes(torch.device("cpu")) or 0) > 50e6
     assert peak_flops(torch.device("cpu"), torch.float32) is None
+    assert gpu_name(torch.device("cpu")) is None
+
+
+def test_an_apple_gpu_has_the_peak_of_its_chip(monkeypatch: pytest.MonkeyPatch) -> None:
+    device, names = torch.device("mps"), ["Apple M1 8-core GPU", "Apple M1", None]
+    monkeypatch.setattr(hardware, "apple_gpu_name", lambda: names[0])
+    assert gpu_name(device) == "Apple M1 8-core GPU"
+    assert peak_flops(device, torch.float32) == pytest.approx(2.6e12, rel=0.01)
+    assert peak_flops(device, torch.bfloat16) is None
+    for unknown in names[1:]:
+        monkeypatch.setattr(hardware, "apple_gpu_name", lambda name=unknown: name)
+        assert peak_flops(device, torch.float32) is None
 
 
 def test_a_stopwatch_adds_laps_to_what_was_before() -> None:

@@ -31,7 +31,9 @@ class StepMetrics:
         tokens: Positions trained on so far in the run, this step included; masked ones count too.
         epoch: Whole passes over the data so far; `None` if the loader does not tell.
         tokens_per_second: Speed of this step, the wait for data included, evaluation and saving not.
-        mfu: Share of the device's peak FLOP/s; `None` where the peak is not known.
+        mfu: Share of the device's peak FLOP/s in the precision of the activations; `None` where the peak is not known.
+            Products in eight bits are counted against it too, so it may come out above what the activations' precision
+            could reach, even above 1.
         peak_memory_bytes: Highest memory so far: allocated on a GPU, resident on a CPU; `None` if unknown.
         elapsed_seconds: Training time of the run so far, evaluation and saving not included.
     """
@@ -62,12 +64,17 @@ def peak_memory_bytes(device: torch.device) -> int | None:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def gpu_name(device: torch.device) -> str | None:
+    """Return the name of a GPU as `tinygpt.hardware` knows it; `None` for a CPU, or if the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return hardware.apple_gpu_name() if device.type == "mps" else None
+
+
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     """Return the device's peak FLOP/s in this dtype; `None` if the table does not know it."""
-    if device.type != "cuda":
-        return None
-    name = str(dtype).removeprefix("torch.")
-    return hardware.peak_flops(torch.cuda.get_device_name(device), name)
+    name = gpu_name(device)
+    return None if name is None else hardware.peak_flops(name, str(dtype).removeprefix("torch."))
 
 
 class MetricsFile:

@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from tinygpt.config import Config
-from tinygpt.metrics import peak_flops
+from tinygpt.metrics import gpu_name, peak_flops
 from tinygpt.model import describe_blocks
 from tinygpt.schedules import Schedule
 
@@ -131,7 +131,7 @@ def _environment(device: torch.device, precision: torch.dtype) -> dict[str, Any]
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "device": device.type,
-        "device_name": torch.cuda.get_device_name(device) if on_gpu else _processor(),
+        "device_name": gpu_name(device) or _processor(),
         "device_memory_bytes": torch.cuda.get_device_properties(device).total_memory if on_gpu else None,
         "peak_flops": peak_flops(device, precision),
         "threads": torch.get_num_threads(),

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from nanochat_folder import write_example
 from small_runs import everything
@@ -448,6 +449,33 @@ def test_plan_says_what_to_choose_in_a_budget(recipe_file: Path, capsys: Capture
     options = ["--micro-batch-rows", "1", "--loss-chunk-tokens", "16", "--activation-checkpointing", "mlp"]
     leaner = run_json(capsys, "plan", str(recipe_file), *options)
     assert sum(leaner["memory_bytes"].values()) < sum(plan["memory_bytes"].values())
+
+
+def test_a_plan_without_a_gpu_is_one_for_this_machine(recipe_file: Path, capsys: Captured) -> None:
+    here, there = (
+        run_json(capsys, "plan", str(recipe_file), "--device", "cpu", "--memory", "5GB", *more)
+        for more in ((), ("--gpu", "RTX 4070"))
+    )
+    assert (here["precision"], there["precision"]) == ("float32", "bfloat16")
+    assert here["memory_bytes"]["overhead"] > there["memory_bytes"]["overhead"] == 0
+    with pytest.raises(SystemExit):
+        main(["plan", "--help"])
+    assert "without --gpu it is this machine's" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("command", ["train", "resume"])
+def test_a_gpu_without_memory_left_is_told_the_way_on_that_costs_least(
+    recipe_file: Path, command: str, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(f"tinygpt.cli._{command}.train", full)
+    Recipe.load(recipe_file).save("run")
+    assert run(command, "run") == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: the GPU has too little memory; --micro-batch-rows auto computes as many rows")
+    assert "Traceback" not in said
 
 
 @pytest.mark.parametrize("size", ["much", "0GB", "-1GB", "8 bytes"])

@@ -243,6 +243,10 @@ def is_matrix(name: str, parameter: torch.Tensor) -> bool:
     return parameter.ndim == 2 and "value_embedding" not in name
 
 
-def test_nanochat_rules_refuse_an_impossible_width() -> None:
+def test_nanochat_rules_refuse_what_is_impossible() -> None:
     with pytest.raises(ConfigError, match="model_dim=0 must be positive"):
         nanochat_rules(model_dim=0)
+    with pytest.raises(ConfigError, match="table_second_moment='rows' is not known; choose 'element' or 'row'"):
+        nanochat_rules(model_dim=8, table_second_moment="rows")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="table_first_moment='half' is not known; choose 'float32' or 'bfloat16'"):
+        nanochat_rules(model_dim=8, table_first_moment="half")  # type: ignore[arg-type]

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -79,7 +79,8 @@ def test_rows_of_even_gradients_are_updated_as_without_rows() -> None:
 def test_rows_nearly_halve_the_state_of_the_tables_and_the_estimate_says_so() -> None:
     config = GPTConfig.from_depth(2, head_dim=32, vocab_size=512, max_seq_len=32)
     sizes, estimates = {}, {}
-    for second_moment in ("element", "row"):
+    kinds: tuple[Literal["element", "row"], ...] = ("element", "row")
+    for second_moment in kinds:
         torch.manual_seed(0)
         model = GPT.from_config(config)
         rules = nanochat_rules(model_dim=config.dim, table_second_moment=second_moment)

@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from small_runs import everything
-from tinygpt import GPT, GPTConfig, Trainer, TrainerConfig
+from tinygpt import GPT, GPTConfig, Trainer, TrainerConfig, trackers
 from tinygpt.checkpoint import claim_run_folder
 from tinygpt.data import (
     BatchLoader,
@@ -305,6 +306,42 @@ def test_a_changed_recipe_is_saved_only_once_the_run_went_on_with_it(tmp_path: P
     assert len(losses(tmp_path)) == 12
 
 
+def test_a_branch_and_a_later_tracker_take_no_other_run_of_their_name_for_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: dict[str, list[int]] = {}
+
+    class Server:
+        """Keeps runs by name for all folders, as wandb, MLflow and trackio do."""
+
+        def __init__(self, project: str, run: str, folder: Path | None, settings: dict[str, Any], resume: bool) -> None:
+            if run in sent and not resume:
+                raise ConfigError(f"there is a run {run!r} already")
+            self.steps = sent.setdefault(run, [])
+
+        def log(self, values: Mapping[str, float], step: int) -> None:
+            self.steps.extend([step] if "train/loss" in values else [])
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setitem(trackers._OPENERS, "wandb", Server)
+    monkeypatch.setattr(trackers, "check_tracker", lambda *_: None)
+    recipe = tiny(trackers=["wandb"], save_every=2, keep_every=2)
+    fit(recipe.build(tmp_path / "a" / "run"))
+    start = tmp_path / "a" / "run" / "checkpoints" / "step-000002"
+    for _ in range(2):  # that it was tried once must not count as begun
+        with pytest.raises(ConfigError, match="there is a run 'run' already"):
+            fit(recipe.build(tmp_path / "b" / "run"), branch_from=start)
+    fit(tiny(num_steps=4).build(tmp_path / "c" / "run"), branch_from=start, accept=["schedule"])
+    with pytest.raises(ConfigError, match="there is a run 'run' already"):  # begun there without a tracker
+        fit(recipe.build(tmp_path / "c" / "run"), accept=["schedule"])
+    fit(recipe.build(tmp_path / "branch"), branch_from=start)
+    assert sent == {"run": [0, 1, 2, 3, 4, 5], "branch": [2, 3, 4, 5]}
+    fit(tiny(trackers=["wandb"], num_steps=8).build(tmp_path / "branch"), accept=["schedule"])
+    assert sent["branch"] == [2, 3, 4, 5, 6, 7]
+
+
 def test_nothing_is_left_to_do_in_a_run_that_is_complete(tmp_path: Path) -> None:
     fit(tiny().build(tmp_path))
     assert tiny().build(tmp_path).fit(progress=False) is None
@@ -332,6 +369,15 @@ def test_a_card_without_bfloat16_is_planned_in_float32() -> None:
     assert plan.seconds is not None
     with pytest.raises(ConfigError, match="the peak of 'T5' in bfloat16 is not known"):
         tiny().plan(device_name="T5")
+
+
+def test_an_apple_chip_is_planned_in_float32_and_its_memory_is_not_known() -> None:
+    plan = tiny().plan(device_name="Apple M2 Max 38-core GPU", mfu=0.5)
+    assert plan.precision == "float32"
+    assert plan.memory_budget is None
+    assert plan.tokens_per_second == pytest.approx(0.5 * 13.6e12 / plan.flops_per_token, rel=0.01)
+    with pytest.raises(ConfigError, match=r"the peak of 'Apple M2 Max' in bfloat16 is not known; .*30-core GPU"):
+        tiny().plan(device_name="Apple M2 Max")
 
 
 def test_a_plan_reads_no_text_and_needs_no_gpu() -> None:

@@ -14,6 +14,7 @@ from small_runs import everything, make_model, make_trainer, steps_of
 from tinygpt.checkpoint import load_tensors
 from tinygpt.data import Batch
 from tinygpt.errors import ConfigError, NonFiniteError
+from tinygpt.layers import use_attention_backend
 from tinygpt.losses import LossSum, next_token_loss
 from tinygpt.trainer._compile import compile_parts
 
@@ -53,6 +54,16 @@ def test_a_setting_compiles_what_it_says(compiled: list[str], setting: Any, expe
     steps = list(trainer)
     assert [s.loss for s in steps] == [s.loss for s in make_trainer(compile=False)]
     assert trainer.loss_fn is next_token_loss
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("setting", [False, "block", "model"])
+def test_a_demanded_backend_that_cannot_serve_is_one_line_also_from_the_compiler(
+    compiled: list[str], setting: Any
+) -> None:
+    with use_attention_backend("varlen"), pytest.raises(ConfigError, match="'varlen' was asked for") as caught:
+        next(iter(make_trainer(compile=setting)))
+    assert str(caught.value).endswith("cannot serve float32 heads of 16 on cpu: it needs a CUDA device.")
 
 
 @pytest.mark.filterwarnings("ignore")

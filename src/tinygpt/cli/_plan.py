@@ -22,7 +22,12 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     parser.add_argument(
         "--gpu", metavar="NAME", help="tell the time on this GPU, such as 'RTX 4070', and what to choose in its memory"
     )
-    parser.add_argument("--memory", metavar="SIZE", help="choose for this much memory instead, such as 8GB or 6500MiB")
+    parser.add_argument(
+        "--memory",
+        metavar="SIZE",
+        help="choose for this much memory instead, such as 8GB or 6500MiB; without --gpu it is this machine's, in its "
+        "precision: add --gpu NAME to plan for another",
+    )
     parser.add_argument(
         "--mfu",
         type=float,

@@ -156,7 +156,8 @@ def out_of_memory(run: Callable[[argparse.Namespace], None]) -> Callable[[argpar
             from tinygpt.errors import ConfigError
 
             raise ConfigError(
-                "the GPU has too little memory for this; lower --data.rows, to half for example."
+                "the GPU has too little memory; --micro-batch-rows auto computes as many rows at a time as fit; "
+                "if it is on, --activation-checkpointing block keeps the least, and tinygpt plan tells what would fit."
             ) from None
 
     return guarded

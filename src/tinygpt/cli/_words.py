@@ -18,7 +18,10 @@ _TYPED = (
     (r"tasks=\[\.\.\.\]", "--tasks"),
     (r"chat=True", "--chat"),
     (r"choose another out_dir", "choose another folder for --out"),
-    (r"choose another name, or resume=True to go on with it", "choose another --out, whose last part is its name"),
+    (
+        r"choose another name, or resume=True to go on with it",
+        "choose another --out, or rename the run's folder: its last part is the name",
+    ),
     (r"Phase\(\.\.\., accept=\['schedule'\]\)", 'accept = ["schedule"] in that phase of the recipe'),
     # Data.
     (r"; open it with TextFiles, .*Files\.", "; give the file the ending of what it holds."),

@@ -136,7 +136,8 @@ def use_attention_backend(name: str | None) -> Iterator[None]:
         name: A name from `attention_backends`; `None` for the usual choice.
 
     Raises:
-        ConfigError: If the name is unknown; in attention, if the backend cannot serve a call.
+        ConfigError: If the name is unknown; in attention, if the backend cannot serve a call. In code that you compile
+            yourself, outside of a `Trainer`, the latter is an error of the compiler that begins with `ConfigError:`.
 
     Example:
         >>> with use_attention_backend("sdpa"):

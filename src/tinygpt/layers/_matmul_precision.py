@@ -28,7 +28,8 @@ def set_matmul_precision(model: nn.Module, precision: MatmulPrecision | None) ->
     `"fp8"` multiplies inputs and weights in e4m3 and gradients in e5m2, with one factor a tensor, in all three products
     of a layer. `"int8"` has a factor for each token and channel, and computes output and the gradient of
     the input; the gradient of the weight is summed in the dtype of the activations. Both are worth it for wide layers
-    on a GPU, compiled; a CPU computes the same, slowly.
+    on a GPU, compiled; a CPU computes the same, slowly. MFU stays a share of the peak in the dtype of the activations,
+    so it may come out above what that could reach.
 
     Args:
         model: On the device to train on.

@@ -45,14 +45,15 @@ def nanochat_rules(
         norm_renormalization: As in [`MuonAdamW`][tinygpt.optim.MuonAdamW]; off in the documented run.
         table_first_moment: The `first_moment` of token and value embeddings; "float32" here, while nanochat takes the
             dtype of the table, bfloat16.
-        table_second_moment: The `second_moment` of token and value embeddings; "element" in the documented run.
+        table_second_moment: The `second_moment` of token and value embeddings: one a number, or one a row to save
+            memory; "element" in the documented run.
         stochastic_rounding: Of token and value embeddings that are stored in bfloat16; off in the documented run.
 
     Returns:
         The rules, first match wins.
 
     Raises:
-        ConfigError: If `model_dim` is not positive.
+        ConfigError: If `model_dim` is not positive, or a moment of the tables is something else.
 
     Example:
         ```python
@@ -61,6 +62,10 @@ def nanochat_rules(
     """
     if model_dim <= 0:
         raise ConfigError(f"model_dim={model_dim} must be positive.")
+    if table_first_moment not in ("float32", "bfloat16"):
+        raise ConfigError(f"table_first_moment={table_first_moment!r} is not known; choose 'float32' or 'bfloat16'.")
+    if table_second_moment not in ("element", "row"):
+        raise ConfigError(f"table_second_moment={table_second_moment!r} is not known; choose 'element' or 'row'.")
     width_scale = batch_lr_scale * (model_dim / 768) ** -0.5
     embedding = embedding_lr * width_scale
     scalar = scalar_lr * batch_lr_scale

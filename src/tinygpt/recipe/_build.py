@@ -80,14 +80,15 @@ class RecipeRun:
             ConfigError: As from the trainer, if the recipe cannot be written, or if a tracker has another run of the
                 folder's name.
         """
-        began_earlier = (self.out_dir / "metrics.jsonl").exists()
+        sent_to = self._sent_to()
         if self.trainer.resume(accept=accept, rewarm_steps=rewarm_steps) is None and branch_from is not None:
             self.trainer.load_state(branch_from, accept=accept, rewarm_steps=rewarm_steps)
         try:
-            if not (self.out_dir / RECIPE_FILE).exists():
-                self.recipe.save(self.out_dir)
-            # A recipe that was changed replaces the saved one once the run has gone on with it.
-            with self._trackers(resume=began_earlier) as trackers:
+            with self._trackers(sent_to) as trackers:
+                # Not before they are open, as it tells which of them have the run. A recipe that was changed replaces
+                # the saved one once the run has gone on with it.
+                if not (self.out_dir / RECIPE_FILE).exists():
+                    self.recipe.save(self.out_dir)
                 last = self.trainer.fit([self._save_recipe_once(), *self.hooks, *trackers], progress=progress)
         finally:
             for close in self.on_close:
@@ -96,9 +97,14 @@ class RecipeRun:
             self._write_report()
         return last
 
-    def _trackers(self, *, resume: bool) -> AbstractContextManager[list[Hook]]:
+    def _sent_to(self) -> Collection[str]:
+        """Return the trackers that have the run already; a run of its name in another one is someone else's."""
+        began = all((self.out_dir / name).exists() for name in ("metrics.jsonl", RECIPE_FILE))
+        return type(self.recipe).load(self.out_dir).trackers if began and self.recipe.trackers else []
+
+    def _trackers(self, sent_to: Collection[str]) -> AbstractContextManager[list[Hook]]:
         done = self.trainer.next_step >= self.recipe.total_steps
-        return nullcontext([]) if done else tracker_hooks(self.recipe, self.out_dir, resume=resume)
+        return nullcontext([]) if done else tracker_hooks(self.recipe, self.out_dir, sent_to=sent_to)
 
     def _save_recipe_once(self) -> Hook:
         first = self.trainer.next_step

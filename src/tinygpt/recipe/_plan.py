@@ -11,6 +11,7 @@ from tinygpt import hardware
 from tinygpt.data import Batch
 from tinygpt.errors import ConfigError
 from tinygpt.memory import MemoryPlan, plan_memory, training_memory
+from tinygpt.metrics import gpu_name
 from tinygpt.recipe._build import make_model, make_phase, resolve_device, run_phases, trainer_config
 from tinygpt.recipe._data import vocab_size
 from tinygpt.trainer import Trainer, resolve_precision
@@ -137,12 +138,12 @@ def plan_run(recipe: "Recipe", *, device_name: str | None, mfu: float, memory_by
     recipe = recipe.resolved(recipe.model.vocab_size if known_size else vocab_size(recipe.tokenizer, recipe.data))
     device = resolve_device(recipe.device)
     known = device_name is not None
-    if device_name is None and device.type == "cuda":
-        device_name = torch.cuda.get_device_name(device)
+    if device_name is None:
+        device_name = gpu_name(device)
     dtype = resolve_precision(recipe.precision, device)
     if known and recipe.precision == "auto":  # as on the device itself: float32 where there are no units for less
-        older = hardware.peak_flops(device_name or "") is None and hardware.memory_bytes(device_name or "") is not None
-        dtype = torch.float32 if older else torch.bfloat16
+        in_16_bits, in_32_bits = (hardware.peak_flops(device_name or "", kind) for kind in ("bfloat16", "float32"))
+        dtype = torch.float32 if in_16_bits is None and in_32_bits is not None else torch.bfloat16
     precision = str(dtype).removeprefix("torch.")
     if known and device_name is not None:
         _refuse_unknown(device_name, precision)
@@ -150,7 +151,7 @@ def plan_run(recipe: "Recipe", *, device_name: str | None, mfu: float, memory_by
         model, optimizer = make_model(recipe.replace(precision=precision), torch.device("meta"))
     split = recipe.micro_batch_rows
     micro_batch = min(split, recipe.data.rows) if isinstance(split, int) else recipe.data.rows
-    kind = "cuda" if known else device.type
+    kind = device.type if not known else "mps" if str(device_name).lower().startswith("apple") else "cuda"
     accumulate = recipe.step_tokens > micro_batch * recipe.seq_len
     memory = training_memory(
         model, optimizer, rows=micro_batch, seq_len=recipe.seq_len, accumulate=accumulate, device_type=kind

@@ -1,7 +1,7 @@
 """The numbers of a run, sent to the trackers that its recipe names."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,13 +16,13 @@ PROJECT = "tinygpt"
 
 
 @contextlib.contextmanager
-def tracker_hooks(recipe: "Recipe", out_dir: Path, *, resume: bool) -> Iterator[list[Hook]]:
+def tracker_hooks(recipe: "Recipe", out_dir: Path, *, sent_to: Collection[str]) -> Iterator[list[Hook]]:
     """Open the trackers of a run, which is called there as its folder is, and close them at the end.
 
     Args:
         recipe: The recipe.
         out_dir: The run's folder. What TensorBoard and wandb keep on disk goes there, so that it moves with the run.
-        resume: Whether the run began earlier.
+        sent_to: The trackers that have the run already and go on with it.
 
     Raises:
         ConfigError: If the folder's name is none that a tracker takes, or is that of another run there.
@@ -38,7 +38,7 @@ def tracker_hooks(recipe: "Recipe", out_dir: Path, *, resume: bool) -> Iterator[
                 out_dir.resolve().name,
                 folder=folders.get(name),
                 settings=dict(_flat(recipe.model_dump(exclude_none=True))),
-                resume=resume,
+                resume=name in sent_to,
             )
             hooks.append(_with_evaluations(stack.enter_context(track(tracker))))
         yield hooks

@@ -58,7 +58,8 @@ def accumulate(
     nothing that was read is lost.
 
     Raises:
-        ConfigError: If batches do not make up `batch_tokens`, `loss_fn` returns something else, or a row does not fit.
+        ConfigError: If batches do not make up `batch_tokens`, `loss_fn` returns something else, a row does not fit, or
+            the attention backend that was demanded cannot serve the model.
         DataError: If the batches end.
     """
     read: list[Batch] = []
@@ -72,6 +73,9 @@ def accumulate(
             try:
                 _add(sums, model, loss_fn, part, device)
             except (RuntimeError, MemoryError) as error:
+                cause = error.__context__
+                if isinstance(cause, ConfigError) and type(error).__name__ == "InternalTorchDynamoError":
+                    raise ConfigError(str(cause).partition("\n")[0]) from None  # its rest is where the compiler stood
                 if random is None and is_out_of_memory(error):
                     error.add_note("micro_batch_rows='auto' computes fewer rows at a time when memory runs out.")
                 if random is None or not is_out_of_memory(error):
