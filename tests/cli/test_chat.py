@@ -5,6 +5,7 @@ import io
 import json
 import signal
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +195,38 @@ def test_a_system_message_needs_a_model_that_converses(talk: Talk, plain: Path) 
 def test_an_empty_prompt_is_refused(talk: Talk, folder: Path) -> None:
     assert talk(str(folder), "-p", "  ")[2].startswith("error: the prompt is empty")
     assert talk(str(folder), "-p", "-", typed="")[2].startswith("error: the prompt is empty")
+
+
+def test_a_turn_reads_what_is_new_and_answers_as_if_all_were_read() -> None:
+    model, tokenizer = chat_model()
+    session, read = greedy(), []
+
+    def first_read(answer: Iterator[str]) -> int:
+        """Return how many tokens were read before the answer began."""
+        read.clear()
+        pieces = list(answer)
+        assert "".join(pieces) == ANSWERS[session.messages[-2].content]
+        return sum(read) - (len(read) - 1)
+
+    def tokens(text: str) -> int:
+        return len(tokenizer.encode(text))
+
+    marks = 3  # around what the user says, and before the answer
+    handle = model.embedding.register_forward_pre_hook(lambda _, ids: read.append(ids[0].shape[1]))
+    try:
+        assert first_read(session.answer("Count")) == 1 + tokens("Count") + marks
+        # The mark at which the last answer ended is new: it was drawn and not read.
+        assert first_read(session.answer("Who are you?")) == 1 + tokens("Who are you?") + marks
+        session.config = session.config.replace(top_k=2)
+        assert first_read(session.retry()) == 1
+        assert first_read(session.answer("Hi")) == 1 + tokens("Hi") + marks
+        next(stopped := session.answer("Count"))
+        stopped.close()  # type: ignore[attr-defined]
+        assert session.messages[-1] == Message("assistant", ANSWERS["Count"][: len(session.messages[-1].content)])
+        session.reset()
+        assert first_read(session.answer("Good bye")) == tokens("Good bye") + marks - 1  # all begin with two marks
+    finally:
+        handle.remove()
 
 
 class Interrupted(torch.nn.Module):

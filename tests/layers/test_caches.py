@@ -75,6 +75,19 @@ def test_a_step_needs_texts_with_room(slots: SlotCache) -> None:
     assert slots.lengths == [4, 8, 0]
 
 
+def test_a_text_goes_on_after_what_is_still_there(slots: SlotCache) -> None:
+    read(slots, 0, 5)
+    assert [slots.can_cut(0, length) for length in (-1, 0, 3, 5, 6)] == [False, True, True, True, False]
+    with pytest.raises(ConfigError, match="slot 0 holds 5 positions and cannot go on after 6; ask can_cut before"):
+        slots.begin(0, kept=6)
+    text = slots.begin(0, kept=3)
+    assert (text.length, text.free, slots.lengths[0]) == (3, 5, 0)
+    windows = SlotCache(KVCache([LayerCache(1, 1, 8, 4), LayerCache(1, 1, 8, 4, window_tokens=3)]))
+    for length, can in [(4, [True, True, True]), (5, [False, False, False, True])]:
+        windows.lengths[0] = length
+        assert [windows.can_cut(0, cut) for cut in range(2, length + 1)] == can
+
+
 def test_rows_at_different_positions_have_no_one_length(slots: SlotCache) -> None:
     read(slots, 0, 3)
     keys, _ = slots.step(1).layers[0].append(*torch.ones(2, 1, 2, 1, 16))

@@ -41,7 +41,13 @@ class Session:
         system: str | None = None,
         weights: str | None = None,
     ) -> None:
-        self._engine = Engine(model, tokenizer=tokenizer, num_slots=1, weights=weights)  # type: ignore[arg-type]
+        self._engine = Engine(
+            model,
+            tokenizer=tokenizer,
+            num_slots=1,
+            weights=weights,  # type: ignore[arg-type]
+            keep_prefix=True,
+        )
         self._tokenizer = tokenizer
         self._template = ChatTemplate(tokenizer) if chat else None
         self.config = config

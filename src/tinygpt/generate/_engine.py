@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tinygpt.errors import ConfigError, NonFiniteError
 from tinygpt.generate._config import GenerationConfig
-from tinygpt.generate._readers import CachedReader, Reader, UncachedReader
+from tinygpt.generate._readers import CachedReader, KeepingReader, Reader, UncachedReader
 from tinygpt.generate._requests import Request, Row, TokenEvent, TokenLogprobs, check_length, check_prompt, slid
 from tinygpt.generate._sampling import choose, log_probabilities, where_float64_is
 from tinygpt.generate._text import TextStream
@@ -41,6 +41,10 @@ class Engine:
         compile: Compile the decoding of a step at one fixed shape, as suits a GPU: every step then computes all
             slots, and the first one waits for the compiler.
         use_cache: Keep keys and values of what was read; `False` reads every text from its start for each token.
+        keep_prefix: Keep them when a text has ended, too, and read of the next prompt only what follows the beginning
+            that both share, as in a conversation. Where a layer's window has let go of positions, a prompt must begin
+            with all that was read, or is read whole. For one slot, and weights that do not change. What is read in
+            other pieces is rounded differently, so that a text may then depend on what was read before.
 
     Raises:
         ConfigError: If an option is out of range, or the tokenizer has more ids than the model.
@@ -73,6 +77,7 @@ class Engine:
         weights: Weights | None = None,
         compile: bool = False,
         use_cache: bool = True,
+        keep_prefix: bool = False,
     ) -> None:
         length = model.max_seq_len if max_seq_len is None else max_seq_len
         if length is None:
@@ -84,6 +89,11 @@ class Engine:
             )
         if compile and not use_cache:
             raise ConfigError("compile=True needs the cache, whose shapes do not change; drop use_cache=False.")
+        if keep_prefix and (num_slots != 1 or not use_cache):
+            raise ConfigError(
+                "keep_prefix=True goes on from the cache of the one text before: give num_slots=1 and use_cache=True, "
+                f"not {num_slots=} and {use_cache=}."
+            )
         if compile and needs_no_compiler(model):
             raise ConfigError(
                 "this copy's matrices lie in a layout that the compiler does not know: give the model itself and "
@@ -100,7 +110,9 @@ class Engine:
         self.num_slots = num_slots
         self.max_seq_len = length
         self._reader: Reader
-        if use_cache:
+        if keep_prefix:
+            self._reader = KeepingReader(self._model, length, compiled=compile)
+        elif use_cache:
             self._reader = CachedReader(self._model, num_slots, length, compiled=compile)
         else:
             self._reader = UncachedReader(self._model, num_slots, length)

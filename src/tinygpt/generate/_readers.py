@@ -3,12 +3,13 @@
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import takewhile
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from tinygpt.layers import SlotCache
+from tinygpt.layers import KVCache, SlotCache
 from tinygpt.model import GPT
 
 
@@ -50,7 +51,9 @@ class CachedReader:
         self._compiled = _compiled_step(model, self._slots, self._device) if compiled else None
 
     def prefill(self, slot: int, token_ids: Sequence[int]) -> Tensor:
-        cache = self._slots.begin(slot)
+        return self._read(slot, token_ids, self._slots.begin(slot))
+
+    def _read(self, slot: int, token_ids: Sequence[int], cache: KVCache) -> Tensor:
         with _eagerly():
             logits = _next_logits(self._model, self._tensor([token_ids]), cache)
         self._slots.commit(slot, cache)
@@ -68,9 +71,9 @@ class CachedReader:
         idle = self._slots.num_slots - len(token_ids)
         # Idle slots read a token at position 0, which the next prefill writes over.
         positions = [*lengths[: len(token_ids)], *([0] * idle)]
-        logits = step(self._tensor([*token_ids, *([0] * idle)])[:, None], self._tensor(positions))
         for slot in range(len(token_ids)):
-            lengths[slot] += 1
+            lengths[slot] += 1  # before the step, as without a compiler: an error leaves it half written
+        logits = step(self._tensor([*token_ids, *([0] * idle)])[:, None], self._tensor(positions))
         return logits[: len(token_ids)]
 
     def copy(self, source: int, target: int) -> None:
@@ -81,6 +84,45 @@ class CachedReader:
 
     def _tensor(self, values: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
         return torch.tensor(values, device=self._device)
+
+
+class KeepingReader(CachedReader):
+    """Has one slot, knows which tokens lie in it, and reads of the next text only what is not there already.
+
+    Args:
+        model: The model; its weights must stay as they are.
+        max_seq_len: Longest text.
+        compiled: As in `CachedReader`.
+    """
+
+    def __init__(self, model: GPT, max_seq_len: int, *, compiled: bool = False) -> None:
+        super().__init__(model, 1, max_seq_len, compiled=compiled)
+        self._text: list[int] = []  # what was read without an error, while the slot may hold a token more
+
+    def prefill(self, slot: int, token_ids: Sequence[int]) -> Tensor:
+        text, self._text = self._text, []  # until this is read whole
+        # All but one token at most: the logits after it are not kept.
+        kept = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(text, token_ids[:-1], strict=False)))
+        if not self._slots.can_cut(slot, kept):
+            kept = 0
+        cache = self._slots.begin(slot, kept=kept)
+        if kept and cache.last_embedding is None and self._model.smear is not None:
+            cache.last_embedding = self._embedding(token_ids[kept - 1])
+        logits = self._read(slot, token_ids[kept:], cache)
+        self._text = list(token_ids)
+        return logits
+
+    def decode(self, token_ids: Sequence[int]) -> Tensor:
+        logits = super().decode(token_ids)
+        self._text += token_ids
+        return logits
+
+    def _embedding(self, token_id: int) -> Tensor | None:
+        """Return what a smear mixes into the next token: it depends on this one alone, wherever it stands."""
+        cache = self._model.new_cache(1, max_seq_len=1)
+        with _eagerly():
+            self._model.hidden_states(self._tensor([[token_id]]), cache=cache)
+        return cache.last_embedding
 
 
 class UncachedReader:

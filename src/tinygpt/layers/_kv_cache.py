@@ -121,11 +121,11 @@ class LayerCache:
         # Detached: a cache is for reading text, and gradients through what is written in place would be wrong.
         return _append(self._keys, k.detach(), start), _append(self._values, v.detach(), start)
 
-    def row(self, index: int) -> Self:
-        """Return an empty cache of one row that writes into this row's memory."""
+    def row(self, index: int, *, length: int = 0) -> Self:
+        """Return a cache of one row that writes into this row's memory, after its first `length` positions."""
         view = object.__new__(type(self))
         view._keys, view._values = self._keys[index : index + 1], self._values[index : index + 1]
-        view.max_seq_len, view.window_tokens, view.length = self.max_seq_len, self.window_tokens, 0
+        view.max_seq_len, view.window_tokens, view.length = self.max_seq_len, self.window_tokens, length
         return view
 
     def _check_window(self, window_tokens: int | None) -> None:

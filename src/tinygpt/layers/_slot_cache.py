@@ -47,10 +47,34 @@ class SlotCache:
         self.nbytes = sum(layer.nbytes for layer in cache.layers)
         self._addresses_held = False
 
-    def begin(self, slot: int) -> KVCache:
-        """Return an empty cache of one row that writes into this slot; what was there is lost."""
+    def can_cut(self, slot: int, length: int) -> bool:
+        """Whether a slot's text can go on after its first `length` positions, be it all or fewer.
+
+        Where a window has let go of positions, going back would need some of these.
+        """
+        held = self.lengths[slot]
+        return length == held or 0 <= length < held <= min(layer._keys.shape[2] for layer in self._layers)
+
+    def begin(self, slot: int, *, kept: int = 0) -> KVCache:
+        """Return a cache of one row that writes into this slot; what was there is lost.
+
+        Args:
+            slot: Which.
+            kept: First positions of the slot's text that are not lost. If fewer than all, a model with a smear needs
+                `last_embedding` set to that of the last one kept.
+
+        Raises:
+            ConfigError: If they are not there, see `can_cut`.
+        """
+        if kept and not self.can_cut(slot, kept):
+            raise ConfigError(
+                f"slot {slot} holds {self.lengths[slot]} positions and cannot go on after {kept}; ask can_cut before."
+            )
+        text = KVCache([layer.row(slot, length=kept) for layer in self._layers])
+        if kept and kept == self.lengths[slot] and self._last_embedding is not None:
+            text.last_embedding = self._last_embedding[slot : slot + 1]
         self.lengths[slot] = 0
-        return KVCache([layer.row(slot) for layer in self._layers])
+        return text
 
     def commit(self, slot: int, text: KVCache) -> None:
         """Take over what was read through `begin`."""
