@@ -245,8 +245,8 @@ def test_a_fault_of_the_server_says_nothing_of_its_inside(monkeypatch: pytest.Mo
 
 def test_texts_are_begun_in_the_order_in_which_they_were_asked_for() -> None:
     ended: list[int] = []
-    with serving(*slowed(0.02), num_slots=1) as url, concurrent.futures.ThreadPoolExecutor() as pool:
-        for number, length in enumerate((8, 4, 1)):
+    with serving(*slowed(0.05), num_slots=1) as url, concurrent.futures.ThreadPoolExecutor() as pool:
+        for number, length in enumerate((6, 5, 4)):
             options = {"prompt": "x", "max_tokens": length, "temperature": 3, "seed": 1}
             future = pool.submit(ask, url, "POST", "/v1/completions", options)
             future.add_done_callback(lambda _, number=number: ended.append(number))

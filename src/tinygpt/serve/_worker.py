@@ -157,8 +157,9 @@ class Worker:
             choice = job.requests[event.request_id] * job.num_samples + event.sample
             arrived.setdefault(job, []).append((choice, event))
         for job, found in arrived.items():
-            job.put(found)
+            # First this: whoever has an answer may ask the next question at once and find the place free.
             self._ended(job, sum(event.finish_reason is not None for _, event in found))
+            job.put(found)
 
     def _begin(self, job: Job) -> None:
         try:
