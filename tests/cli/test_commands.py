@@ -465,7 +465,7 @@ def test_a_plan_without_a_gpu_is_one_for_this_machine(recipe_file: Path, capsys:
 
 @pytest.mark.parametrize("command", ["train", "resume"])
 def test_a_gpu_without_memory_left_is_told_the_way_on_that_costs_least(
-    recipe_file: Path, command: str, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+    here: Path, recipe_file: Path, command: str, capsys: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")

@@ -48,7 +48,7 @@ class SlotCache:
         self._addresses_held = False
 
     def can_cut(self, slot: int, length: int) -> bool:
-        """Whether a slot's text can go on after its first `length` positions, be it all or fewer.
+        """Return whether a slot's text can go on after its first `length` positions, be it all or fewer.
 
         Where a window has let go of positions, going back would need some of these.
         """
