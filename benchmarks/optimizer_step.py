@@ -65,10 +65,10 @@ def model_parts(shape: Shape, device: str, *, bfloat16_tables: bool) -> tuple[GP
     return model, parts
 
 
-def ours(parts: Parts, *, compile: bool = False, **table_options: Any) -> Work:
+def ours(parts: Parts, *, compile: bool = False, polar_dtype: str = "auto", **table_options: Any) -> Work:
     optimizer = MuonAdamW(
         [
-            {"params": parts.matrices, "kind": "muon", **MUON},
+            {"params": parts.matrices, "kind": "muon", "polar_dtype": polar_dtype, **MUON},
             {"params": parts.tables, "kind": "adamw", **ADAMW, **table_options},
             {"params": parts.rest, "kind": "adamw", **ADAMW},
         ],
@@ -136,6 +136,8 @@ def variants(device: str) -> dict[str, tuple[bool, Callable[[Parts], Work]]]:
     found["MuonAdamW"] = (False, ours)
     if device == "cuda":
         found["MuonAdamW, compiled"] = (False, lambda parts: ours(parts, compile=True))
+    elif getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)():
+        found["MuonAdamW, products in bfloat16"] = (False, lambda parts: ours(parts, polar_dtype="bfloat16"))
     rows: dict[str, Any] = {"second_moment": "row"}
     found["MuonAdamW, moments of tables by rows"] = (False, lambda parts: ours(parts, **rows))
     found["MuonAdamW, tables in bfloat16"] = (True, ours)

@@ -88,7 +88,7 @@ def test_groups_remember_their_initial_weight_decay() -> None:
 def test_one_stack_at_a_time_gives_the_same_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     stacked, single = small_model(), small_model()
     train(stacked, one_kind(stacked, "muon", 0.02), 3)
-    monkeypatch.setattr("tinygpt.optim._muon_adamw._STACK_ELEMENTS", 1)
+    monkeypatch.setattr("tinygpt.optim._muon_adamw._STACK_ELEMENTS_ON_CPU", 1)
     train(single, one_kind(single, "muon", 0.02), 3)
     for one, other in zip(stacked.parameters(), single.parameters(), strict=True):
         torch.testing.assert_close(one, other)

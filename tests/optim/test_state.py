@@ -109,7 +109,7 @@ def test_state_is_named_and_independent_of_stacks(monkeypatch: pytest.MonkeyPatc
     assert stacked["state"].keys() == dict(Model().named_parameters()).keys()
     assert stacked["state"]["layers.1.weight"].keys() == {"step", "momentum", "second_moment"}
     assert stacked["state"]["embedding.weight"].keys() == {"step", "exp_avg", "exp_avg_sq"}
-    monkeypatch.setattr("tinygpt.optim._muon_adamw._STACK_ELEMENTS", 1)
+    monkeypatch.setattr("tinygpt.optim._muon_adamw._STACK_ELEMENTS_ON_CPU", 1)
     for name, entry in trained_state()["state"].items():
         for key, value in entry.items():
             torch.testing.assert_close(value, stacked["state"][name][key])
