@@ -17,7 +17,7 @@ help:  ## list the targets
 	@echo "make test     run the test suite"
 	@echo "make check    formatting, lint, types, import floors, version"
 	@echo "make docs     build the documentation into site/, warnings are errors"
-	@echo "make bench    run the CPU set of benchmarks/, sized for 20 minutes on two quiet cores"
+	@echo "make bench    run the CPU set of benchmarks/, 16 minutes on two quiet cores"
 	@echo "make bench-gpu  run the tests and benchmarks that need a CUDA device"
 	@echo "make format   format the code and apply safe lint fixes"
 	@echo "Each makes .venv and installs into it first, where that is needed. PYTHON=... chooses the interpreter."

@@ -18,6 +18,7 @@ import torch
 from _measure import arguments, parse, report, seconds_text, time_rounds, timed_rows
 
 from tinygpt import GPT, GPTConfig
+from tinygpt.compiler import compiler_problem
 from tinygpt.data import Batch
 from tinygpt.losses import next_token_loss
 from tinygpt.trainer._compile import Compile, compile_parts
@@ -75,7 +76,10 @@ def first_step(setting: Compile, shape: Shape, cache: str) -> tuple[float, int]:
     Step(setting, shape)()
     seconds = time.perf_counter() - start
     stats: Any = torch._dynamo.utils.counters["stats"] if setting else {}
-    return seconds, int(stats.get("unique_graphs", 0))
+    graphs = int(stats.get("unique_graphs", 0))
+    if setting and not graphs:
+        raise RuntimeError(compiler_problem(shape.device) or "nothing was compiled")
+    return seconds, graphs
 
 
 def in_fresh_process(*args: Any) -> tuple[float, int]:
@@ -96,7 +100,7 @@ def main() -> None:
     starts: dict[str, list[tuple[float, int]]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for name, setting in settings.items():
-            cache = str(Path(folder, name))
+            cache = str(Path(folder, name.replace(" ", "-")))  # a space breaks the compiler's command line
             starts[name] = [in_fresh_process(setting, shape, cache) for _ in ("cold", "warm")]
             os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache  # the last is what this process begins with
         warnings.simplefilter("ignore")

@@ -62,6 +62,7 @@ PICTURES: dict[str, list[Panel]] = {
     "decode": [
         Panel("decode", "batch 1, tokens/s", "tokens_per_second", "batch 1, "),
         Panel("decode", "batch 8, tokens/s", "tokens_per_second", "batch 8, "),
+        Panel("decode", "batch 16, tokens/s", "tokens_per_second", "batch 16, "),
     ],
     "attention": [Panel("attention", "times the speed of full attention", "speed")],
 }

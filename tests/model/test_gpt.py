@@ -262,6 +262,19 @@ def test_loading_keeps_mixed_storage_as_it_was_saved(tmp_path: Path) -> None:
     assert loaded.head.weight.dtype == torch.float32
 
 
+def test_on_a_cpu_tables_in_half_precision_do_not_make_the_model_compute_in_it(tmp_path: Path) -> None:
+    tiny_model().set_compute_dtype(torch.bfloat16, embeddings=True).save_pretrained(tmp_path)
+    loaded = GPT.from_pretrained(tmp_path)
+    ids = torch.randint(61, (2, 24))
+    assert loaded.hidden_states(ids).dtype == torch.float32
+    assert torch.equal(loaded(ids), GPT.from_pretrained(tmp_path, dtype=torch.float32)(ids))
+    cache = loaded.new_cache(2)
+    torch.testing.assert_close(loaded(ids, cache=cache), loaded(ids))
+    assert cache.layers[0]._keys.dtype == torch.float32
+    assert loaded.bfloat16().hidden_states(ids).dtype == torch.bfloat16
+    assert loaded.float().set_compute_dtype(torch.bfloat16).hidden_states(ids).dtype == torch.bfloat16
+
+
 def test_loading_a_swapped_model_needs_the_part_again(tmp_path: Path) -> None:
     def mlp(config: GPTConfig, layer: int) -> nn.Module:
         return SwiGLU(config.dim, 40)

@@ -278,6 +278,25 @@ def test_bfloat16_where_it_is_slow_is_done_with_a_warning() -> None:
         make_trainer(batches(8), nn.Linear(2, 2), precision="bfloat16")
 
 
+@pytest.mark.parametrize("chosen", [torch.float32, None])
+def test_tables_in_bfloat16_do_not_decide_in_what_the_model_is_computed(chosen: torch.dtype | None) -> None:
+    model = make_model().set_compute_dtype(torch.bfloat16, embeddings=True).set_compute_dtype(chosen)
+    trainer = make_trainer(batches(8), model)
+    seen: list[torch.dtype] = []
+    model.blocks[0].register_forward_pre_hook(lambda block, args: seen.append(args[0].dtype))
+    list(trainer)
+    assert model.embedding.weight.dtype == torch.bfloat16
+    assert set(seen) == {trainer.precision} == {torch.float32}
+
+
+def test_a_model_in_float64_stays_in_float64() -> None:
+    model = make_model().double()
+    seen: list[torch.dtype] = []
+    model.blocks[0].register_forward_pre_hook(lambda block, args: seen.append(args[0].dtype))
+    list(make_trainer(batches(8), model))
+    assert set(seen) == {torch.float64}
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # the compiler looks at attributes that warn when looked at
 def test_compiled_blocks_train_like_eager_ones() -> None:

@@ -162,8 +162,7 @@ class GPT(PretrainedFiles):
                 "make it with a larger max_seq_len or read fewer tokens."
             )
         x = self.embedding(token_ids)
-        if self.compute_dtype is not None:
-            x = x.to(self.compute_dtype)
+        x = x.to(self._activation_dtype(x))
         if self.embedding_norm is not None:
             x = self.embedding_norm(x)
         if self.smear is not None:
@@ -246,16 +245,26 @@ class GPT(PretrainedFiles):
                     attention.head_dim,
                     window_tokens=getattr(attention, "window_tokens", None),
                     device=weight.device,
-                    dtype=self.compute_dtype or weight.dtype,
+                    dtype=self._activation_dtype(weight),
                 )
             )
         return KVCache(layers)
+
+    def _activation_dtype(self, embedded: Tensor) -> torch.dtype:
+        """Return what is computed in after an embedding that lies in this dtype on this device."""
+        if self.compute_dtype is not None:
+            return self.compute_dtype
+        if embedded.is_cpu and embedded.dtype in (torch.bfloat16, torch.float16):
+            # Tables are stored in half precision to save memory; to compute in it makes most CPUs 20 times slower.
+            return next(self.blocks.parameters(), embedded).dtype
+        return embedded.dtype
 
     def set_compute_dtype(self, dtype: torch.dtype | None, *, embeddings: bool = False) -> Self:
         """Set the dtype of activations; matrix products follow it, master weights stay as they are.
 
         Args:
-            dtype: Usually `torch.bfloat16`; `None` for the dtype of the embedding table.
+            dtype: Usually `torch.bfloat16`; `None` for the dtype of the embedding table or, on a CPU and if that is
+                stored in half precision, of the blocks.
             embeddings: Whether to store the token tables in it as well, which halves their memory.
 
         Raises:

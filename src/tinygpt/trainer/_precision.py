@@ -59,7 +59,9 @@ def set_precision(model: nn.Module, precision: str, device: torch.device) -> tor
     dtype = chosen if precision == "auto" and chosen is not None else resolve_precision(precision, device)
     if setter is not None:
         # Nothing to set for float32 on its own: the model then follows its embedding, also on another device later.
-        setter(None if precision == "auto" and dtype == torch.float32 else dtype)
+        # Unless that is stored in fewer bits, which says nothing of how to compute.
+        narrow = any(parameter.dtype in (torch.bfloat16, torch.float16) for parameter in model.parameters())
+        setter(None if precision == "auto" and chosen is None and dtype == torch.float32 and not narrow else dtype)
     elif precision == "bfloat16":
         raise ConfigError(
             "precision='bfloat16' needs a model with set_compute_dtype(), as GPT has; "
