@@ -79,7 +79,7 @@ def rows_of(panel: Panel) -> list[Row]:
 
 def ours(name: str) -> bool:
     """Return whether a row is the library's own."""
-    return any(word in name for word in ("tinygpt", "LMHead", "MuonAdamW", "window"))
+    return any(word in name for word in ("tinygpt", "LMHead", "MuonAdamW", "the same", "window"))
 
 
 def draw(panels: list[Panel]) -> Figure | None:
