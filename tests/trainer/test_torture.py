@@ -1,5 +1,6 @@
 """The torture script in small; in full, at random moments, it is `python tests/torture.py`."""
 
+import logging
 import random
 import sys
 from pathlib import Path
@@ -17,7 +18,11 @@ def test_runs_killed_at_random_moments_end_bit_identical(tmp_path: Path) -> None
 
 
 def test_damaged_checkpoints_are_refused_and_never_loaded(tmp_path: Path) -> None:
-    seen = torture.corrupt(tmp_path, 60, random.Random(1), lambda text: None)
+    before = logging.getLogger("tinygpt").level
+    try:
+        seen = torture.corrupt(tmp_path, 60, random.Random(1), lambda text: None)
+    finally:
+        logging.getLogger("tinygpt").setLevel(before)
     assert sum(seen.values()) == 60
     by_outcome = {what.rpartition(": ")[2] for what in seen}
     assert "refused, and resumed from the one before" in by_outcome

@@ -233,6 +233,24 @@ def test_hooks_run_when_due_and_at_the_end(tmp_path: Path) -> None:
         every(0, hook)
 
 
+def test_a_fit_that_trained_to_the_end_leaves_a_report_unless_told_not_to(tmp_path: Path) -> None:
+    make_trainer(itertools.cycle(batches(8)), num_steps=3, out_dir=str(tmp_path / "quiet")).fit(report=False)
+    assert not (tmp_path / "quiet" / "report").exists()
+    make_trainer(itertools.cycle(batches(8)), num_steps=3, out_dir=str(tmp_path / "run")).fit()
+    assert "3 steps, 384 tokens, complete" in (tmp_path / "run" / "report" / "report.md").read_text("utf-8")
+    assert "<svg" in (tmp_path / "run" / "report" / "report.html").read_text("utf-8")
+
+
+def test_a_report_that_cannot_be_written_is_a_warning_after_the_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "report").write_text("a file where the folder would be")
+    last = make_trainer(itertools.cycle(batches(8)), num_steps=3, out_dir=str(tmp_path)).fit()
+    assert last is not None
+    assert last.index == 2
+    assert "no report was written" in caplog.text
+
+
 def test_progress_tells_loss_rate_and_speed(capsys: pytest.CaptureFixture[str]) -> None:
     make_trainer(itertools.cycle(batches(8)), num_steps=3).fit()
     shown = capsys.readouterr().err

@@ -11,7 +11,7 @@ import torch
 
 from tinygpt.checkpoint import claim_run_folder
 from tinygpt.data import DocumentSource, TokenShards, ValidationSet
-from tinygpt.errors import ConfigError, MissingDependencyError, TinyGPTError
+from tinygpt.errors import ConfigError
 from tinygpt.evals import evaluate_bpb
 from tinygpt.generate import stream_text
 from tinygpt.layers import LMHead
@@ -89,13 +89,11 @@ class RecipeRun:
                 # the saved one once the run has gone on with it.
                 if not (self.out_dir / RECIPE_FILE).exists():
                     self.recipe.save(self.out_dir)
-                last = self.trainer.fit([self._save_recipe_once(), *self.hooks, *trackers], progress=progress)
+                hooks = [self._save_recipe_once(), *self.hooks, *trackers]
+                return self.trainer.fit(hooks, progress=progress, report=self.recipe.report)
         finally:
             for close in self.on_close:
                 close()
-        if self.recipe.report:
-            self._write_report()
-        return last
 
     def _sent_to(self) -> Collection[str]:
         """Return the trackers that have the run already; a run of its name in another one is someone else's."""
@@ -114,19 +112,6 @@ class RecipeRun:
                 self.recipe.save(self.out_dir)
 
         return hook
-
-    def _write_report(self) -> None:
-        from tinygpt.report import write_report
-
-        try:
-            try:
-                files = write_report(self.out_dir)
-            except MissingDependencyError:
-                files = write_report(self.out_dir, pictures=False)
-        except TinyGPTError as error:  # the run itself is complete and saved
-            logger.warning("no report was written: %s", error)
-        else:
-            logger.info("report: %s", files.html)
 
 
 def build_run(recipe: "Recipe", out_dir: Path) -> RecipeRun:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import tinygpt
-from tinygpt.checkpoint import RunLock, checkpoint_step, list_checkpoints
+from tinygpt.checkpoint import RunLock, checkpoint_folder, checkpoint_step, list_checkpoints
 from tinygpt.errors import ConfigError
 from tinygpt.metrics import MetricsFile, read_metrics
 from tinygpt.run_record import describe_run
@@ -47,6 +47,17 @@ def refuse_taken_folder(trainer: "Trainer", last_saved: Path | None) -> None:
             f"{trainer.config.out_dir} already holds a run, saved up to {found[-1].name}: "
             "continue it with trainer.resume(), or choose another out_dir."
         )
+
+
+def next_folder(trainer: "Trainer") -> Path:
+    """Return where the state of the next step is saved to.
+
+    Raises:
+        ConfigError: If the run has no folder.
+    """
+    if trainer.checkpoint_dir is None:
+        raise ConfigError("save_state needs a folder, or a TrainerConfig with out_dir.")
+    return checkpoint_folder(trainer.checkpoint_dir, trainer.next_step)
 
 
 def is_own(trainer: "Trainer", folder: Path) -> bool:

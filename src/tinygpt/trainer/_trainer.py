@@ -9,9 +9,9 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from tinygpt.checkpoint import checkpoint_folder, mark_latest
+from tinygpt.checkpoint import mark_latest
 from tinygpt.data import Batch, ValidationSet
-from tinygpt.errors import ConfigError, NonFiniteError
+from tinygpt.errors import NonFiniteError
 from tinygpt.losses import LossFunction, next_token_loss
 from tinygpt.metrics import MetricsFile, StepMetrics, Stopwatch
 from tinygpt.schedules import Schedule
@@ -23,12 +23,13 @@ from tinygpt.trainer._config import TrainerConfig
 from tinygpt.trainer._hooks import Hook
 from tinygpt.trainer._identity import MeasuredOn
 from tinygpt.trainer._meter import Meter
-from tinygpt.trainer._output import is_own, lock_of, open_output, refuse_taken_folder, was_announced
+from tinygpt.trainer._output import is_own, lock_of, next_folder, open_output, refuse_taken_folder, was_announced
 from tinygpt.trainer._phases import Course, Phase
 from tinygpt.trainer._plan import check_boundaries, describe_plan, enter_phase
 from tinygpt.trainer._precision import prepare_model
 from tinygpt.trainer._progress import progress_bar
 from tinygpt.trainer._rates import Rates
+from tinygpt.trainer._report import report_run
 from tinygpt.trainer._resume import load, newest_whole, refuse_another_course, resume_as_asked
 from tinygpt.trainer._retention import due_checkpoint, may_go_on_meanwhile, tidier, with_evaluation
 from tinygpt.trainer._rows import rows_of
@@ -217,6 +218,7 @@ class Trainer:
         resume: str | Path | None = None,
         accept: Collection[str] | str = (),
         rewarm_steps: int | None = None,
+        report: bool = True,
     ) -> StepMetrics | None:
         """Train to the end, calling each hook as `hook(trainer, step)` after every step.
 
@@ -227,6 +229,7 @@ class Trainer:
                 `load_state`.
             accept: For either of these.
             rewarm_steps: For either of these.
+            report: Whether to write `report/` into `out_dir` at the end, if there is one, as `write_report` does.
 
         Returns:
             The last step, or `None` if there was none left to do.
@@ -242,6 +245,7 @@ class Trainer:
                 show(step)
                 for hook in [hooks] if callable(hooks) else hooks:
                     hook(self, step)
+        report_run(self.config.out_dir if report else None)
         return step
 
     def record(self, event: str, **fields: Any) -> None:
@@ -275,11 +279,7 @@ class Trainer:
             CheckpointError: If it cannot be written, `out_dir` is in use, or the weights were left half changed.
             NonFiniteError: If a weight is not finite: such a checkpoint could only mislead.
         """
-        if folder is None:
-            if self.checkpoint_dir is None:
-                raise ConfigError("save_state needs a folder, or a TrainerConfig with out_dir.")
-            folder = checkpoint_folder(self.checkpoint_dir, self.next_step)
-        folder = Path(folder)
+        folder = next_folder(self) if folder is None else Path(folder)
         with self._lock:
             if own := is_own(self, folder):
                 self._open_output()
