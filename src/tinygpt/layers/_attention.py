@@ -163,7 +163,8 @@ def _times_rows(gate: Tensor, table: nn.Embedding, token_ids: Tensor) -> Tensor:
     plain = type(table).forward is nn.Embedding.forward and table.max_norm is None and not table._forward_hooks
     if not plain or not takes_own_backward() or others_choose_what_is_kept():
         return gate * rows
-    with made_again(rows, lambda: split(F.embedding(token_ids, table.weight)), of=[table.weight]):
+    weight = table.weight
+    with made_again(rows, lambda: split(F.embedding(token_ids, weight)), of=[weight, token_ids]):
         return gate * rows
 
 

@@ -34,7 +34,8 @@ def others_choose_what_is_kept() -> bool:
     hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
     enabled = getattr(torch._C._autograd, "_saved_tensors_hooks_is_enabled", lambda: True)
     top = None if hooks is None else hooks(True)
-    return not enabled() or (top is not None and top[0].__module__ != __name__)
+    # Not every callable tells where it is from: methods of torch's own tensors do not.
+    return not enabled() or (top is not None and getattr(top[0], "__module__", None) != __name__)
 
 
 def made_again(result: Tensor, make: Callable[[], Tensor], *, of: Sequence[Tensor] = ()) -> saved_tensors_hooks:
@@ -44,12 +45,14 @@ def made_again(result: Tensor, make: Callable[[], Tensor], *, of: Sequence[Tenso
 
     Args:
         result: What not to keep.
-        make: Returns an equal tensor; it may not hold on to `result`.
-        of: Parameters it is made of, which have to stay as they are until then.
+        make: Returns an equal tensor; it may not hold on to `result`. What it asks a module for may be another
+            parameter by then, as after `torch.func.functional_call`: let it hold on to that of the forward pass.
+        of: Tensors it is made of, which have to stay as they are until then.
     """
     # What autograd keeps holds on to these functions, so they may not hold on to the result. Not the address of its
     # memory, which is 0 for everything on the meta device.
     storage, dtype, version = result.untyped_storage()._cdata, result.dtype, result._version
+    of = [source for source in of if not source.is_inference()]  # these have no version
     versions = [source._version for source in of]
     made: list[Tensor] = []  # for all who kept it; it goes when the last of them is done
 

@@ -256,7 +256,8 @@ class GPT(PretrainedFiles):
             return self.compute_dtype
         if embedded.is_cpu and embedded.dtype in (torch.bfloat16, torch.float16):
             # Tables are stored in half precision to save memory; to compute in it makes most CPUs 20 times slower.
-            return next(self.blocks.parameters(), embedded).dtype
+            others = (module for module in self.blocks.modules() if not isinstance(module, nn.Embedding))
+            return next((weight for module in others for weight in module.parameters(recurse=False)), embedded).dtype
         return embedded.dtype
 
     def set_compute_dtype(self, dtype: torch.dtype | None, *, embeddings: bool = False) -> Self:
