@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -78,6 +78,29 @@ def made_again(result: Tensor, make: Callable[[], Tensor], *, of: Sequence[Tenso
     return saved_tensors_hooks(pack, unpack)
 
 
+def with_its_parameters(module: nn.Module, function: Callable[..., Any] | None = None) -> Callable[..., Any]:
+    """Return a module, or a function that reads one, such that it cannot be repeated with other parameters.
+
+    Checkpointing repeats it with what it finds in the module by then, which after `torch.func.functional_call` is not
+    what was given to that call: gradients would be those of other weights, unsaid.
+    """
+    call = module if function is None else function
+    if torch.compiler.is_compiling():  # what is traced holds on to its inputs
+        return call
+    parameters = [*module.parameters()]
+
+    def repeatable(*args: Any, **kwargs: Any) -> Any:
+        if [*map(id, module.parameters())] != [*map(id, parameters)]:
+            raise RuntimeError(_REPLACED)
+        return call(*args, **kwargs)
+
+    return repeatable
+
+
+_REPLACED = (
+    "the backward pass computes a layer again, which no longer has the parameters of the forward pass; for "
+    "torch.func.functional_call set_activation_checkpointing('none')."
+)
 _CHANGED = (
     "what a layer kept for the backward pass was changed in place before that pass; "
     "change weights after it, and results out of place."
