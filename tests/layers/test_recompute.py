@@ -5,9 +5,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from tinygpt import GPT, GPTConfig
-from tinygpt.layers import Block, ReluSquaredMLP, RMSNorm
+from tinygpt.layers import Block, CausalSelfAttention, ReluSquaredMLP, RMSNorm, ValueEmbedding
 
 
 class Mixed(nn.Module):
@@ -72,5 +73,37 @@ def test_parameters_given_to_a_call_alone_are_not_mistaken_for_those_of_the_mode
     model.load_state_dict(given, strict=False)
     own = dict(model.named_parameters())
     expected = torch.autograd.grad(model(ids).square().mean(), [own[name] for name in given])
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+class Noisy(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + torch.randn_like(weight)
+
+
+@pytest.mark.parametrize("kind", ["pre-hook", "parametrized", "other forward"])
+def test_a_value_table_that_does_something_of_its_own_is_not_looked_up_again(kind: str) -> None:
+    torch.manual_seed(0)
+    table = ValueEmbedding(11, 8)
+    attention = CausalSelfAttention(8, 2, value_embedding=table, value_gate_channels=4)
+    nn.init.normal_(attention.o_proj.weight)
+    ids, x = torch.randint(11, (2, 5)), torch.randn(2, 5, 8)
+    if kind == "pre-hook":
+        table.register_forward_pre_hook(lambda module, args: (10 - args[0],))
+    elif kind == "parametrized":
+        parametrize.register_parametrization(table, "weight", Noisy())
+    else:
+        forward = table.forward
+        table.forward = lambda ids: 2 * forward(ids)  # type: ignore[method-assign]
+
+    def gradients() -> list[Tensor]:
+        torch.manual_seed(1)
+        out = attention(x, token_ids=ids)
+        return [*torch.autograd.grad(out.square().sum(), list(attention.parameters()))]
+
+    found = gradients()
+    with torch.autograd.graph.disable_saved_tensors_hooks("so that everything is kept"):
+        expected = gradients()
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b)
