@@ -326,3 +326,64 @@ def test_a_value_table_that_changes_before_the_backward_pass_is_noticed() -> Non
         attention.value_embedding.weight.mul_(2)
     with pytest.raises(RuntimeError, match="changed in place before that pass"):
         out.sum().backward()
+
+
+def test_rows_of_the_value_table_are_those_of_the_call_also_where_parameters_are_given_to_it() -> None:
+    attention = value_attention()
+    ids, x = torch.randint(11, (2, 8)), torch.randn(2, 8, 64)
+    others = [torch.randn_like(parameter) for parameter in attention.parameters()]
+    given = dict(zip(dict(attention.named_parameters()), others, strict=True))
+
+    def called(x: Tensor) -> Tensor:
+        return torch.func.functional_call(attention, given, (x,), {"token_ids": ids})
+
+    for each in others:
+        each.requires_grad_()
+    found = gradients(called, x, *others)
+    with torch.no_grad():
+        for parameter, other in zip(attention.parameters(), others, strict=True):
+            parameter.copy_(other)
+    expected = gradients(lambda x: attention(x, token_ids=ids), x, *attention.parameters())
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_token_ids_that_change_before_the_backward_pass_are_noticed_also_over_a_frozen_table() -> None:
+    attention, ids = value_attention(), torch.randint(11, (2, 8))
+    assert attention.value_embedding is not None
+    attention.value_embedding.requires_grad_(False)
+    out = attention(torch.randn(2, 8, 64), token_ids=ids)
+    ids.zero_()
+    with pytest.raises(RuntimeError, match="changed in place before that pass"):
+        out.sum().backward()
+
+
+def test_token_ids_of_inference_mode_train_what_lies_over_a_frozen_table() -> None:
+    attention = value_attention()
+    assert attention.value_embedding is not None
+    assert attention.value_gate is not None
+    attention.value_embedding.requires_grad_(False)
+    with torch.inference_mode():
+        ids = torch.randint(11, (2, 8))
+    attention(torch.randn(2, 8, 64), token_ids=ids).square().sum().backward()
+    assert attention.value_gate.weight.grad is not None
+
+
+def test_hooks_of_others_may_be_any_callable() -> None:
+    attention, ids, x = value_attention(), torch.randint(11, (2, 8)), torch.randn(2, 8, 64)
+    expected = gradients(lambda x: attention(x, token_ids=ids), x, *attention.parameters())
+    with torch.autograd.graph.saved_tensors_hooks(Tensor.clone, Tensor.clone):
+        found = gradients(lambda x: attention(x, token_ids=ids), x, *attention.parameters())
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_product_with_a_frozen_weight_does_not_keep_its_input() -> None:
+    linear = Linear(16, 24)
+    linear.weight.requires_grad_(False)
+    x = torch.randn(10, 16, dtype=torch.bfloat16, requires_grad=True)
+    between = x * 1
+    out = linear(between)
+    between.zero_()  # nobody needs it any more
+    out.sum().backward()
+    torch.testing.assert_close(x.grad, linear.weight.bfloat16().sum(0).expand(10, 16), rtol=2e-2, atol=2e-2)

@@ -52,6 +52,10 @@ def reading_copy(model: GPT, weights: Weights, *, for_compiler: bool = False) ->
         raise ConfigError(f"weights={weights!r} is unknown; choose one of {', '.join(get_args(Weights))}.")
     tensors = [*model.parameters(), *model.buffers()]
     twin = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    # What the model computes in it may see at parameters that the copy does not have.
+    table = next(model.embedding.parameters(), None)
+    if table is not None and (dtype := model._activation_dtype(table)) != table.dtype:
+        twin.compute_dtype = dtype
     for name, module in list(twin.named_modules()):
         if type(module) in (Linear, nn.Linear, LMHead) and min(module.weight.shape) >= _SMALLEST_WIDTH:
             twin.set_submodule(name, _stored(module, weights, in_blocks=not for_compiler))

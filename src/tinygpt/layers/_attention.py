@@ -160,10 +160,14 @@ def _times_rows(gate: Tensor, table: nn.Embedding, token_ids: Tensor) -> Tensor:
         return rearrange(rows.to(gate.dtype), _SPLIT_HEADS, heads=gate.shape[1])
 
     rows = split(table(token_ids))
-    plain = type(table).forward is nn.Embedding.forward and table.max_norm is None and not table._forward_hooks
+    own = table.forward if "forward" in table.__dict__ else type(table).forward
+    hooked = table._forward_pre_hooks or table._forward_hooks
+    # A parametrized weight is no parameter, but computed whenever it is asked for.
+    plain = own is nn.Embedding.forward and "weight" in table._parameters and table.max_norm is None and not hooked
     if not plain or not takes_own_backward() or others_choose_what_is_kept():
         return gate * rows
-    with made_again(rows, lambda: split(F.embedding(token_ids, table.weight)), of=[table.weight]):
+    weight = table.weight
+    with made_again(rows, lambda: split(F.embedding(token_ids, weight)), of=[weight, token_ids]):
         return gate * rows
 
 

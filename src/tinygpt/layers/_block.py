@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tinygpt.errors import ConfigError
-from tinygpt.layers._kept import made_again, others_choose_what_is_kept, takes_own_backward
+from tinygpt.layers._kept import made_again, others_choose_what_is_kept, takes_own_backward, with_its_parameters
 from tinygpt.layers._kv_cache import LayerCache
 from tinygpt.layers._norm import RMSNorm
 
@@ -85,12 +85,13 @@ class Block(nn.Module):
             ConfigError: If `x0` is needed and missing.
         """
         again: AbstractContextManager[object] = nullcontext()
-        if self.recompute_mlp and takes_own_backward() and not others_choose_what_is_kept():
-            entered = x.detach()
-            x, normed = checkpoint(self._enter, x, x0, use_reentrant=False, preserve_rng_state=False)
-            scales = [each for each in (self.residual_scale, self.x0_scale) if each is not None]
-            read = [*scales, *self.attention_norm.parameters()]
-            again = made_again(normed, lambda: self._enter(entered, x0)[1], of=read)
+        # Another norm in its place may draw random numbers, or follow an autocast that is over by then.
+        repeatable = takes_own_backward() and type(self.attention_norm) is RMSNorm
+        if self.recompute_mlp and repeatable and not others_choose_what_is_kept():
+            entered, enter = x.detach(), with_its_parameters(self, self._enter)
+            x, normed = checkpoint(enter, x, x0, use_reentrant=False, preserve_rng_state=False)
+            read = [entered, x0, self.residual_scale, self.x0_scale, *self.attention_norm.parameters()]
+            again = made_again(normed, lambda: enter(entered, x0)[1], of=[each for each in read if each is not None])
         else:
             x, normed = self._enter(x, x0)
         with again:
@@ -98,7 +99,7 @@ class Block(nn.Module):
         normed = self.mlp_norm(x)
         if self.recompute_mlp and torch.is_grad_enabled():
             # It stops as soon as it has what was not kept, so the last product in `mlp` is not repeated.
-            return x + checkpoint(self.mlp, normed, use_reentrant=False)
+            return x + checkpoint(with_its_parameters(self.mlp), normed, use_reentrant=False)
         return x + self.mlp(normed)
 
     def _enter(self, x: Tensor, x0: Tensor | None) -> tuple[Tensor, Tensor]:

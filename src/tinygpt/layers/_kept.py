@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -34,7 +34,8 @@ def others_choose_what_is_kept() -> bool:
     hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
     enabled = getattr(torch._C._autograd, "_saved_tensors_hooks_is_enabled", lambda: True)
     top = None if hooks is None else hooks(True)
-    return not enabled() or (top is not None and top[0].__module__ != __name__)
+    # Not every callable tells where it is from: methods of torch's own tensors do not.
+    return not enabled() or (top is not None and getattr(top[0], "__module__", None) != __name__)
 
 
 def made_again(result: Tensor, make: Callable[[], Tensor], *, of: Sequence[Tensor] = ()) -> saved_tensors_hooks:
@@ -44,12 +45,14 @@ def made_again(result: Tensor, make: Callable[[], Tensor], *, of: Sequence[Tenso
 
     Args:
         result: What not to keep.
-        make: Returns an equal tensor; it may not hold on to `result`.
-        of: Parameters it is made of, which have to stay as they are until then.
+        make: Returns an equal tensor; it may not hold on to `result`. What it asks a module for may be another
+            parameter by then, as after `torch.func.functional_call`: let it hold on to that of the forward pass.
+        of: Tensors it is made of, which have to stay as they are until then.
     """
     # What autograd keeps holds on to these functions, so they may not hold on to the result. Not the address of its
     # memory, which is 0 for everything on the meta device.
     storage, dtype, version = result.untyped_storage()._cdata, result.dtype, result._version
+    of = [source for source in of if not source.is_inference()]  # these have no version
     versions = [source._version for source in of]
     made: list[Tensor] = []  # for all who kept it; it goes when the last of them is done
 
@@ -75,6 +78,29 @@ def made_again(result: Tensor, make: Callable[[], Tensor], *, of: Sequence[Tenso
     return saved_tensors_hooks(pack, unpack)
 
 
+def with_its_parameters(module: nn.Module, function: Callable[..., Any] | None = None) -> Callable[..., Any]:
+    """Return a module, or a function that reads one, such that it cannot be repeated with other parameters.
+
+    Checkpointing repeats it with what it finds in the module by then, which after `torch.func.functional_call` is not
+    what was given to that call: gradients would be those of other weights, unsaid.
+    """
+    call = module if function is None else function
+    if torch.compiler.is_compiling():  # what is traced holds on to its inputs
+        return call
+    parameters = [*module.parameters()]
+
+    def repeatable(*args: Any, **kwargs: Any) -> Any:
+        if [*map(id, module.parameters())] != [*map(id, parameters)]:
+            raise RuntimeError(_REPLACED)
+        return call(*args, **kwargs)
+
+    return repeatable
+
+
+_REPLACED = (
+    "the backward pass computes a layer again, which no longer has the parameters of the forward pass; for "
+    "torch.func.functional_call set_activation_checkpointing('none')."
+)
 _CHANGED = (
     "what a layer kept for the backward pass was changed in place before that pass; "
     "change weights after it, and results out of place."

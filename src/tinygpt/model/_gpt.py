@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tinygpt.errors import ConfigError
 from tinygpt.layers import Backout, KVCache, LayerCache, LMHead, Smear, TokenEmbedding
+from tinygpt.layers._kept import with_its_parameters
 from tinygpt.model._checkpointing import ActivationCheckpointing, let_mlps_recompute
 from tinygpt.model._config import GPTConfig
 from tinygpt.model._counts import ParameterCounts
@@ -173,7 +174,8 @@ class GPT(PretrainedFiles):
         x0 = middle = x
         for index, block in enumerate(self.blocks):
             if cache is None and self.activation_checkpointing == "block" and torch.is_grad_enabled():
-                x = checkpoint(block, x, x0=x0, token_ids=token_ids, cache=None, use_reentrant=False)
+                again = with_its_parameters(block)
+                x = checkpoint(again, x, x0=x0, token_ids=token_ids, cache=None, use_reentrant=False)
             else:
                 layer_cache = None if cache is None else cache.layers[index]
                 x = block(x, x0=x0, token_ids=token_ids, cache=layer_cache)
@@ -256,7 +258,8 @@ class GPT(PretrainedFiles):
             return self.compute_dtype
         if embedded.is_cpu and embedded.dtype in (torch.bfloat16, torch.float16):
             # Tables are stored in half precision to save memory; to compute in it makes most CPUs 20 times slower.
-            return next(self.blocks.parameters(), embedded).dtype
+            others = (module for module in self.blocks.modules() if not isinstance(module, nn.Embedding))
+            return next((weight for module in others for weight in module.parameters(recurse=False)), embedded).dtype
         return embedded.dtype
 
     def set_compute_dtype(self, dtype: torch.dtype | None, *, embeddings: bool = False) -> Self:
@@ -284,7 +287,8 @@ class GPT(PretrainedFiles):
 
         Loss and gradients stay the same. `"mlp"` drops the hidden layer of each feed-forward layer, the largest thing
         that is kept, for one more product of three in it, and the norm before the attention. `"block"` drops everything
-        but the input of each block, for a second forward pass.
+        but the input of each block, for a second forward pass. After `torch.func.functional_call`, which takes its
+        parameters away again, both end the backward pass with an error.
 
         Args:
             what: `"none"`, `"mlp"` or `"block"`.
