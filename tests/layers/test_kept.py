@@ -387,3 +387,117 @@ def test_a_product_with_a_frozen_weight_does_not_keep_its_input() -> None:
     between.zero_()  # nobody needs it any more
     out.sum().backward()
     torch.testing.assert_close(x.grad, linear.weight.bfloat16().sum(0).expand(10, 16), rtol=2e-2, atol=2e-2)
+
+
+def large_block(norm_weight: bool = False) -> Block:
+    """Return a block for inputs of which one is as large as what is made again; (4, 1024, 64) in float32 are 1 MiB."""
+    attention = CausalSelfAttention(64, 4, rope=RotaryEmbedding(16, 1024))
+    block = Block(64, attention, ReluSquaredMLP(64, 128), residual_scale=0.7, x0_scale=0.3, norm_weight=norm_weight)
+    drawn(block)
+    return block
+
+
+LARGE = 4, 1024, 64
+
+
+def test_a_large_block_in_float32_keeps_the_inputs_of_its_norms_and_not_their_results() -> None:
+    numbers = 4 * 64 + 64 + 128 + 64  # q, k, v, kernel's result; stream before the second norm; relu; result
+    sums = 4 + 4 + 4 + 1 + 1  # of the softmax, and of each norm
+    kept = kept_bytes(large_block(), *LARGE, x0=torch.empty(LARGE, device="meta"))
+    assert kept == 4 * 4 * 1024 * (numbers + sums)
+    small = kept_bytes(large_block(), 1, 1024, 64, x0=torch.empty(1, 1024, 64, device="meta"))
+    assert small - kept / 4 == 4 * 1024 * 5 * 64  # both norms, q, k, and the stream with its share of x0
+
+
+@pytest.mark.parametrize("norm_weight", [False, True])
+@pytest.mark.parametrize("kind", ["plain", "checkpoint", "recomputed", "given parameters", "hooked norm"])
+def test_a_large_block_gives_the_same_gradients_to_the_bit_however_it_keeps_its_norms(
+    kind: str, norm_weight: bool
+) -> None:
+    block, x, x0 = large_block(norm_weight), torch.randn(LARGE), torch.randn(LARGE)
+    parameters = [*block.parameters()]
+    if kind == "hooked norm":
+        block.mlp_norm.register_forward_hook(lambda module, args, normed: 2 * normed)
+    block.recompute_mlp = kind == "recomputed"
+
+    def call(x: Tensor) -> Tensor:
+        if kind == "checkpoint":
+            return checkpoint(lambda x: block(x, x0=x0), x, use_reentrant=False)
+        if kind == "given parameters":
+            return torch.func.functional_call(block, given, (x,), {"x0": x0})
+        return block(x, x0=x0)
+
+    given = {name: p.detach().clone().requires_grad_() for name, p in block.named_parameters()}
+    found = gradients(call, x, *(given.values() if kind == "given parameters" else parameters))
+    block.recompute_mlp = False
+    with torch.autograd.graph.disable_saved_tensors_hooks("so that everything is kept"):
+        expected = gradients(lambda x: block(x, x0=x0), x, *parameters)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_a_large_block_can_be_differentiated_twice() -> None:
+    block, x0 = large_block(), torch.randn(LARGE)
+    block.attention = Doubled()  # attention itself has no second derivative
+    results = []
+    for kept in (False, True):
+        x = torch.linspace(-1, 1, x0.numel()).view(LARGE).requires_grad_()
+        if kept:
+            with torch.autograd.graph.disable_saved_tensors_hooks("so that everything is kept"):
+                out = block(x, x0=x0)
+        else:
+            out = block(x, x0=x0)
+        (first,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+        results.append(torch.autograd.grad(first.square().sum(), [x, block.mlp.up_proj.weight]))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+class Doubled(nn.Module):
+    def forward(self, x: Tensor, **_: object) -> Tensor:
+        return 2 * x * x
+
+
+@pytest.mark.parametrize("which", ["stream", "embedding", "scale"])
+def test_what_a_large_block_is_made_of_may_not_change_before_the_backward_pass(which: str) -> None:
+    block, x, x0 = large_block(), torch.randn(LARGE), torch.randn(LARGE)
+    between = x.requires_grad_() * 1.0
+    out = block(between, x0=x0)
+    assert block.residual_scale is not None
+    with torch.no_grad():
+        {"stream": between, "embedding": x0, "scale": block.residual_scale}[which].mul_(2)
+    with pytest.raises(RuntimeError, match=r"changed in place before that pass|modified by an inplace operation"):
+        out.sum().backward()
+
+
+def test_a_hidden_layer_that_somebody_else_sees_is_not_changed() -> None:
+    mlp, x, seen = drawn(ReluSquaredMLP(8, 32)), torch.randn(3, 8), []
+    mlp.up_proj.register_forward_hook(lambda module, args, hidden: seen.append(hidden))
+    mlp(x).sum().backward()
+    assert torch.equal(seen[0], F.linear(x, mlp.up_proj.weight))
+
+    class Squashed(nn.Linear):  # tanh keeps its result, as the layer's own relu keeps its
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).tanh()
+
+    mlp.up_proj = up = Squashed(8, 32, bias=False)  # type: ignore[assignment]
+    weights = up.weight, mlp.down_proj.weight
+    expected = gradients(lambda x: F.linear(F.relu(F.linear(x, weights[0]).tanh()) ** 2, weights[1]), x, *weights)
+    for a, b in zip(gradients(mlp, x, *weights), expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_the_rotation_is_its_formula_to_the_bit_and_can_be_differentiated_twice(dtype: torch.dtype) -> None:
+    rope = RotaryEmbedding(16, 9)
+    x = torch.randn(2, 9, 3, 16).transpose(1, 2).to(dtype)
+    cos, sin = rope.tables(0, 9)
+
+    def formula(x: Tensor) -> Tensor:
+        first, second = x.chunk(2, dim=-1)
+        c, s = cos.to(x.dtype), sin.to(x.dtype)
+        return torch.cat((first * c - second * s, first * s + second * c), dim=-1)
+
+    for a, b in zip(gradients(rope, x), gradients(formula, x), strict=True):
+        assert torch.equal(a, b)
+    if dtype == torch.float64:
+        assert torch.autograd.gradgradcheck(rope, (x.clone().requires_grad_(),))

@@ -1,5 +1,8 @@
 """Causal self-attention with grouped key/value heads, QK norm, a window and value embeddings."""
 
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+
 import torch
 from einops import rearrange
 from torch import Tensor, nn
@@ -7,10 +10,11 @@ from torch.nn import functional as F
 
 from tinygpt.errors import ConfigError
 from tinygpt.layers._attend import causal_attention
+from tinygpt.layers._embedding import RowTable
 from tinygpt.layers._kept import made_again, others_choose_what_is_kept, takes_own_backward
 from tinygpt.layers._kv_cache import LayerCache
 from tinygpt.layers._linear import Linear
-from tinygpt.layers._norm import rms_norm
+from tinygpt.layers._norm import norm_keeps_input, norm_made_again, rms_norm
 from tinygpt.layers._rotary import RotaryEmbedding
 
 _SPLIT_HEADS = "batch seq (heads head_dim) -> batch heads seq head_dim"
@@ -124,22 +128,38 @@ class CausalSelfAttention(nn.Module):
             gate = self.value_gate_scale * torch.sigmoid(self.value_gate(x[..., : self.value_gate.in_features]))
             gate = rearrange(gate, "batch seq kv_heads -> batch kv_heads seq 1")
             v = v + _times_rows(gate, self.value_embedding, token_ids)
+        attend = partial(
+            causal_attention if cache is None else cache.attend,
+            window_tokens=self.window_tokens,
+            scale=self.score_scale,
+        )
         if x.shape[1] == 1:
             # One token is so little work that calls count: queries and keys are turned and normalized as one tensor.
-            both = self._turned_and_normed(torch.cat((q, k), dim=1), cache)
-            q, k = both[:, : self.num_heads], both[:, self.num_heads :]
+            both = self._normed(self._turned(torch.cat((q, k), dim=1), cache))
+            y = attend(both[:, : self.num_heads], both[:, self.num_heads :], v)
         else:
-            q, k = self._turned_and_normed(q, cache), self._turned_and_normed(k, cache)
-        attend = causal_attention if cache is None else cache.attend
-        y = attend(q, k, v, window_tokens=self.window_tokens, scale=self.score_scale)
+            turned_q, turned_k = self._turned(q, cache), self._turned(k, cache)
+            q, k = self._normed(turned_q), self._normed(turned_k)
+            with self._normed_again(q, turned_q), self._normed_again(k, turned_k):
+                y = attend(q, k, v)
         return self.o_proj(rearrange(y, _MERGE_HEADS))
 
-    def _turned_and_normed(self, x: Tensor, cache: LayerCache | None) -> Tensor:
-        """Return queries or keys `(batch, heads, seq, head_dim)` as they enter the product."""
-        if self.rope is not None:
-            seq = x.shape[2]
-            x = self.rope.turn(x, *(self.rope.tables(0, seq) if cache is None else cache.rotation(self.rope, seq)))
+    def _turned(self, x: Tensor, cache: LayerCache | None) -> Tensor:
+        """Return queries or keys `(batch, heads, seq, head_dim)` turned by their positions."""
+        if self.rope is None:
+            return x
+        seq = x.shape[2]
+        return self.rope.turn(x, *(self.rope.tables(0, seq) if cache is None else cache.rotation(self.rope, seq)))
+
+    def _normed(self, x: Tensor) -> Tensor:
         return rms_norm(x, eps=self.norm_eps) if self.qk_norm else x
+
+    def _normed_again(self, normed: Tensor, x: Tensor) -> AbstractContextManager[object]:
+        """Return a context in which `normed` is not kept where `x` is."""
+        if not self.qk_norm or not norm_keeps_input(x):
+            return nullcontext()
+        source = x.detach()
+        return norm_made_again(normed, lambda: source, of=[source], eps=self.norm_eps)
 
     def flops_per_token(self, seq_len: int) -> int:
         """Return forward and backward FLOPs a token of scores and weighted sum, projections not included.
@@ -163,8 +183,8 @@ def _times_rows(gate: Tensor, table: nn.Embedding, token_ids: Tensor) -> Tensor:
     own = table.forward if "forward" in table.__dict__ else type(table).forward
     hooked = table._forward_pre_hooks or table._forward_hooks
     # A parametrized weight is no parameter, but computed whenever it is asked for.
-    plain = own is nn.Embedding.forward and "weight" in table._parameters and table.max_norm is None and not hooked
-    if not plain or not takes_own_backward() or others_choose_what_is_kept():
+    looks_up = own in (nn.Embedding.forward, RowTable.forward) and "weight" in table._parameters
+    if not looks_up or hooked or table.max_norm is not None or not takes_own_backward() or others_choose_what_is_kept():
         return gate * rows
     weight = table.weight
     with made_again(rows, lambda: split(F.embedding(token_ids, weight)), of=[weight, token_ids]):

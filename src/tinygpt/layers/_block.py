@@ -1,6 +1,7 @@
 """The transformer block, and the backout of its middle."""
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from tinygpt.errors import ConfigError
 from tinygpt.layers._kept import made_again, others_choose_what_is_kept, takes_own_backward, with_its_parameters
 from tinygpt.layers._kv_cache import LayerCache
-from tinygpt.layers._norm import RMSNorm
+from tinygpt.layers._norm import RMSNorm, norm_keeps_input, norm_made_again
 
 
 class Block(nn.Module):
@@ -84,33 +85,62 @@ class Block(nn.Module):
         Raises:
             ConfigError: If `x0` is needed and missing.
         """
-        again: AbstractContextManager[object] = nullcontext()
-        # Another norm in its place may draw random numbers, or follow an autocast that is over by then.
-        repeatable = takes_own_backward() and type(self.attention_norm) is RMSNorm
-        if self.recompute_mlp and repeatable and not others_choose_what_is_kept():
-            entered, enter = x.detach(), with_its_parameters(self, self._enter)
-            x, normed = checkpoint(enter, x, x0, use_reentrant=False, preserve_rng_state=False)
-            read = [entered, x0, self.residual_scale, self.x0_scale, *self.attention_norm.parameters()]
-            again = made_again(normed, lambda: enter(entered, x0)[1], of=[each for each in read if each is not None])
-        else:
-            x, normed = self._enter(x, x0)
+        x, normed, again = self._enter(x, x0)
         with again:
             x = x + self.attention(normed, token_ids=token_ids, cache=cache)
         normed = self.mlp_norm(x)
         if self.recompute_mlp and torch.is_grad_enabled():
             # It stops as soon as it has what was not kept, so the last product in `mlp` is not repeated.
             return x + checkpoint(with_its_parameters(self.mlp), normed, use_reentrant=False)
-        return x + self.mlp(normed)
+        if not _may_norm_again(self.mlp_norm, x):
+            return x + self.mlp(normed)
+        source = x.detach()
+        norm = self.mlp_norm
+        with norm_made_again(normed, lambda: source, of=[source], weight=norm.weight, eps=norm.eps):
+            return x + self.mlp(normed)
 
-    def _enter(self, x: Tensor, x0: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return the stream with its share of `x0`, and the norm of that."""
-        if self.residual_scale is not None:
-            x = self.residual_scale.to(x.dtype) * x
-        if self.x0_scale is not None:
-            if x0 is None:
-                raise ConfigError("this Block has an x0_scale: call it with x0=(batch, seq, dim), the embedded input.")
-            x = x + self.x0_scale.to(x.dtype) * x0
-        return x, self.attention_norm(x)
+    def _enter(self, x: Tensor, x0: Tensor | None) -> tuple[Tensor, Tensor, AbstractContextManager[object]]:
+        """Return the stream with its share of `x0`, its norm, and the context in which the norm is read."""
+        norm, scales = self.attention_norm, (self.residual_scale, self.x0_scale)
+        again = _may_norm_again(norm, x)
+        # Another norm in its place may draw random numbers, or follow an autocast that is over by then.
+        repeatable = takes_own_backward() and type(norm) is RMSNorm and not others_choose_what_is_kept()
+        if not again and not (self.recompute_mlp and repeatable):
+            x = _mix(x, x0, *scales)
+            return x, norm(x), nullcontext()
+        entered = x.detach()
+        of = [each for each in (entered, x0, *scales, *norm.parameters()) if each is not None]
+        if again:
+            mix = partial(_mix, entered, x0, *scales)
+            x = _mix(x, x0, *scales)
+            with made_again(x, mix, of=of):
+                normed = norm(x)
+            return x, normed, norm_made_again(normed, mix, of=of, weight=norm.weight, eps=norm.eps)
+
+        def enter(x: Tensor, x0: Tensor | None) -> tuple[Tensor, Tensor]:
+            x = _mix(x, x0, self.residual_scale, self.x0_scale)
+            return x, norm(x)
+
+        enter = with_its_parameters(self, enter)
+        x, normed = checkpoint(enter, x, x0, use_reentrant=False, preserve_rng_state=False)
+        return x, normed, made_again(normed, lambda: enter(entered, x0)[1], of=of)
+
+
+def _mix(x: Tensor, x0: Tensor | None, residual_scale: Tensor | None, x0_scale: Tensor | None) -> Tensor:
+    if residual_scale is not None:
+        x = residual_scale.to(x.dtype) * x
+    if x0_scale is not None:
+        if x0 is None:
+            raise ConfigError("this Block has an x0_scale: call it with x0=(batch, seq, dim), the embedded input.")
+        x = x + x0_scale.to(x.dtype) * x0
+    return x
+
+
+def _may_norm_again(norm: nn.Module, x: Tensor) -> bool:
+    """Return whether the norm is no more than an `RMSNorm`, keeps its input, and its result may be made again."""
+    if type(norm) is not RMSNorm or norm._forward_hooks or norm._forward_pre_hooks:
+        return False
+    return norm_keeps_input(x, norm.weight)
 
 
 class Backout(nn.Module):

@@ -31,17 +31,27 @@ def others_choose_what_is_kept() -> bool:
     Those of `made_again` are nobody else's: inside of them a smaller part may have its own.
     """
     # Private as well. Hooks inside of theirs take nothing from the result, but from what theirs save.
-    hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
     enabled = getattr(torch._C._autograd, "_saved_tensors_hooks_is_enabled", lambda: True)
-    top = None if hooks is None else hooks(True)
+    hooks = _hooks()
+    return not enabled() or (hooks is not None and not _are_ours(hooks))
+
+
+def _hooks() -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] | None:
+    """Return the innermost hooks into what autograd keeps; `None` if there are none."""
+    innermost = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return None if innermost is None else innermost(True)
+
+
+def _are_ours(hooks: tuple[Any, Any] | None) -> bool:
     # Not every callable tells where it is from: methods of torch's own tensors do not.
-    return not enabled() or (top is not None and getattr(top[0], "__module__", None) != __name__)
+    return hooks is not None and getattr(hooks[0], "__module__", None) == __name__
 
 
 def made_again(result: Tensor, make: Callable[[], Tensor], *, of: Sequence[Tensor] = ()) -> saved_tensors_hooks:
     """Return a context in which whoever keeps `result` for the backward pass makes it again there instead.
 
-    It says nothing of what is done with the result, so it holds for any layer that takes it.
+    It says nothing of what is done with the result, so it holds for any layer that takes it. Inside of another such
+    context both hold.
 
     Args:
         result: What not to keep.
@@ -55,16 +65,20 @@ def made_again(result: Tensor, make: Callable[[], Tensor], *, of: Sequence[Tenso
     of = [source for source in of if not source.is_inference()]  # these have no version
     versions = [source._version for source in of]
     made: list[Tensor] = []  # for all who kept it; it goes when the last of them is done
+    outer = _hooks()  # torch asks the innermost alone
+    outer = outer if _are_ours(outer) else None
 
     def pack(kept: Tensor) -> Any:
         # Of another version it is another result: a layer changed it in place.
         alike = kept.layout == torch.strided and kept.dtype == dtype and kept._version == version
         if alike and kept.untyped_storage()._cdata == storage:
             return None, kept.shape, kept.stride(), kept.storage_offset()
-        return kept, kept._version
+        return (_OUTER, outer[0](kept)) if outer else (kept, kept._version)
 
     def unpack(packed: Any) -> Tensor:
         kept, *rest = packed
+        if outer and kept is _OUTER:
+            return outer[1](*rest)
         if kept is None:
             if versions != [source._version for source in of]:
                 raise RuntimeError(_CHANGED)
@@ -97,6 +111,7 @@ def with_its_parameters(module: nn.Module, function: Callable[..., Any] | None =
     return repeatable
 
 
+_OUTER = object()
 _REPLACED = (
     "the backward pass computes a layer again, which no longer has the parameters of the forward pass; for "
     "torch.func.functional_call set_activation_checkpointing('none')."

@@ -46,32 +46,39 @@ class ReluSquaredMLP(nn.Module):
             return self.down_proj(hidden.square() if torch.compiler.is_compiling() else hidden.square_())
         if not takes_own_backward():
             return self.down_proj(F.relu(hidden).square())
-        relu, square = _ReluAndSquare.apply(hidden)  # type: ignore[no-untyped-call]
+        relu, square = _ReluAndSquare.apply(hidden, self._may_change(hidden))  # type: ignore[no-untyped-call]
         del hidden
         if others_choose_what_is_kept():
             return self.down_proj(square)
         with made_again(square, relu.detach().square):
             return self.down_proj(square)
 
+    def _may_change(self, hidden: Tensor) -> bool:
+        """Return whether nobody else may look at what `up_proj` returned."""
+        up = self.up_proj
+        return type(up) is Linear and not (up._forward_hooks or hidden._is_view() or others_choose_what_is_kept())
+
 
 class _ReluAndSquare(torch.autograd.Function):
     """`relu(x)` and its square, of which the first is kept: the derivative of the square is twice it."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-        relu = F.relu(x)
+    def forward(ctx: Any, x: Tensor, in_place: bool) -> tuple[Tensor, Tensor]:
+        if in_place:
+            ctx.mark_dirty(x)
+        relu = x.relu_() if in_place else F.relu(x)
         ctx.save_for_backward(relu)
         ctx.set_materialize_grads(False)
         return relu, relu.square()
 
     @staticmethod
-    def backward(ctx: Any, grad_relu: Tensor | None, grad_square: Tensor | None) -> Tensor | None:
+    def backward(ctx: Any, grad_relu: Tensor | None, grad_square: Tensor | None) -> tuple[Tensor | None, None]:
         (relu,) = ctx.saved_tensors
         grad = None if grad_square is None else (grad_square * relu).mul_(2.0)
-        if grad_relu is None:
-            return grad
-        through = grad_relu * (relu > 0)  # in the second of two backward passes alone
-        return through if grad is None else grad + through
+        if grad_relu is not None:  # in the second of two backward passes alone
+            through = grad_relu * (relu > 0)
+            grad = through if grad is None else grad + through
+        return grad, None
 
 
 class GeluMLP(nn.Module):

@@ -1,5 +1,7 @@
 """Root-mean-square normalization."""
 
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -7,7 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tinygpt.errors import ConfigError
-from tinygpt.layers._kept import takes_own_backward
+from tinygpt.layers._kept import made_again, others_choose_what_is_kept, takes_own_backward
+
+_LARGE = 2**20  # bytes; what is smaller is sooner kept than looked at
 
 
 class RMSNorm(nn.Module):
@@ -48,7 +52,7 @@ class RMSNorm(nn.Module):
         """Normalize the last axis: `(..., dim)` -> same shape and dtype."""
         if self.weight is None:
             return rms_norm(x, eps=self.eps)
-        return F.rms_norm(x, (self.dim,), self.weight.to(x.dtype), self.eps)
+        return _norm(x, self.weight, self.eps)
 
     def extra_repr(self) -> str:
         return f"{self.dim}, weight={self.weight is not None}"
@@ -64,7 +68,33 @@ def rms_norm(x: Tensor, *, eps: float | None = None) -> Tensor:
     if fused and x.requires_grad and takes_own_backward():
         normed: Tensor = _RMSNorm.apply(x, eps)[0]  # type: ignore[no-untyped-call]
         return normed
-    return F.rms_norm(x, (x.shape[-1],), None, eps)
+    return _norm(x, None, eps)
+
+
+def norm_keeps_input(x: Tensor, weight: Tensor | None = None) -> bool:
+    """Return whether autograd keeps the input of this norm, and a large one, so that the result may be made again."""
+    if not takes_own_backward() or others_choose_what_is_kept():  # first: under the compiler sizes may be symbols
+        return False
+    return x.requires_grad and (x.dtype == torch.float32 or weight is not None) and x.nbytes >= _LARGE
+
+
+def norm_made_again(
+    normed: Tensor,
+    make: Callable[[], Tensor],
+    *,
+    of: Sequence[Tensor],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+) -> AbstractContextManager[object]:
+    """Return a context in which the result of a norm is not kept: `made_again`, where `make` makes the norm's input."""
+    if normed.dtype != of[0].dtype:  # that of an autocast, which is over by then
+        return nullcontext()
+    of = [*of] if weight is None else [*of, weight]
+    return made_again(normed, lambda: _norm(make(), weight, eps), of=of)
+
+
+def _norm(x: Tensor, weight: Tensor | None, eps: float | None) -> Tensor:
+    return F.rms_norm(x, (x.shape[-1],), None if weight is None else weight.to(x.dtype), eps)
 
 
 class _RMSNorm(torch.autograd.Function):

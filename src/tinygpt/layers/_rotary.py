@@ -1,12 +1,13 @@
 """Rotary position embedding."""
 
 from collections.abc import Callable
-from typing import Self, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
 
 from tinygpt.errors import ConfigError
+from tinygpt.layers._kept import takes_own_backward
 
 
 class RotaryEmbedding(nn.Module):
@@ -110,8 +111,33 @@ class RotaryEmbedding(nn.Module):
     def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Rotate `(batch, heads, seq, head_dim)` by what `tables` returned."""
         cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+        if x.requires_grad and takes_own_backward():
+            turned: Tensor = _Turn.apply(x, cos, sin)  # type: ignore[no-untyped-call]
+            return turned
         first, second = x.chunk(2, dim=-1)
         return torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1)
 
     def extra_repr(self) -> str:
         return f"{self.head_dim}, {self.max_seq_len}, base={self.base:g}, clockwise={self.clockwise}"
+
+
+class _Turn(torch.autograd.Function):
+    """The rotation with a fourth of the memory for what lies between; its derivative is the rotation back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        turned = torch.empty_like(x)
+        (first, second), (new_first, new_second) = x.chunk(2, dim=-1), turned.chunk(2, dim=-1)
+        torch.mul(first, cos, out=new_first)
+        part = second * sin
+        new_first.sub_(part)
+        torch.mul(first, sin, out=new_second)
+        new_second.add_(torch.mul(second, cos, out=part))
+        return turned
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        turned: Tensor = _Turn.apply(grad, cos, -sin)  # type: ignore[no-untyped-call]
+        return turned, None, None

@@ -1,7 +1,7 @@
 """The memory of a training step, found by taking the step without numbers."""
 
 import copy
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from tinygpt.data import Batch
 from tinygpt.errors import ConfigError
 from tinygpt.layers import LMHead, set_matmul_precision
+from tinygpt.layers._embedding import RowTable
 from tinygpt.memory._kernels import KernelsOf
 from tinygpt.memory._ledger import Ledger
 
@@ -163,7 +164,12 @@ class MeasuredStep:
                 raise
             except Exception as error:  # what a model of somebody's own does there, nobody knows
                 raise ConfigError(f"the memory of this model cannot be planned: {_first_line(error)}") from None
+        overhead = self._overhead(ledger)
         booked = ledger.numbers_of(p.grad for p in self.model.parameters() if p.grad is not None)
+        whole = self.gradients
+        for grad, size in [] if accumulate else self._unwritten(rows * seq_len):
+            ledger.shrink(grad, size)
+            whole -= size
         static = self.weights + self.optimizer
         moments = [
             (name, *ledger.highest(start, end))
@@ -173,8 +179,8 @@ class MeasuredStep:
         there = self.gradients if accumulate else sum(size for number, size in alive.items() if number in booked)
         activations = sum(size for number, size in alive.items() if number in kept)
         temporaries = peak - activations - (0 if accumulate else there)
-        if peak + (self.gradients if accumulate else 0) < self.gradients + self._optimizer_work:
-            name, there, activations, temporaries = "optimizer", self.gradients, 0, self._optimizer_work
+        if peak + (self.gradients if accumulate else 0) < whole + self._optimizer_work:
+            name, there, activations, temporaries = "optimizer", whole, 0, self._optimizer_work
         for parameter in self.model.parameters():
             parameter.grad = None
         return TrainingMemory(
@@ -183,9 +189,19 @@ class MeasuredStep:
             static - self.weights,
             activations,
             temporaries,
-            self._overhead(ledger),
+            overhead,
             name,
         )
+
+    def _unwritten(self, num_tokens: int) -> list[tuple[Tensor, int]]:
+        """Return gradients of tables with the bytes of each that rows without a token do not take on a CPU."""
+        tables = [module for module in self.model.modules() if isinstance(module, RowTable)]
+        uses = Counter(id(p) for module in self.model.modules() for p in module.parameters(recurse=False))
+        return [
+            (table.weight.grad, table.unwritten_gradient(num_tokens))
+            for table in tables
+            if table.weight.grad is not None and uses[id(table.weight)] == 1 and self.device_type == "cpu"
+        ]
 
     def _overhead(self, ledger: Ledger) -> int:
         if self.device_type != "cpu":

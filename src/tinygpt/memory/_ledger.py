@@ -52,6 +52,12 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         number = self._numbers.pop(key)
         self._entries.append((number, -self._sizes.pop(number)))
 
+    def shrink(self, tensor: Tensor, size: int) -> None:
+        """Book a storage that is alive as this many bytes less, from its beginning on."""
+        number = self._numbers[tensor.untyped_storage()._cdata]
+        self._sizes[number] -= size
+        self._entries[number] = number, self._entries[number][1] - size
+
     def alive(self) -> dict[int, int]:
         """Return number and size of every storage that is alive."""
         return dict(self._sizes)
