@@ -238,11 +238,13 @@ def _by_name(run: Run) -> list[tuple[str, nn.Parameter]]:
     return sorted(run.model.named_parameters(), key=lambda pair: pair[0])
 
 
-def two_steps(kind: str, config: GPTConfig, rows: int) -> Work:
+def two_steps(kind: str, config: GPTConfig, rows: int, with_optimizer: bool) -> Work:
     """Return work that builds a run and takes two steps, so that all memory of training counts as extra."""
 
     def work() -> None:
         run = Run(kind, config, rows)
+        if not with_optimizer:
+            run.optimizers.clear()
         run.step()
         run.step()
 
@@ -348,8 +350,12 @@ def main() -> None:
         }
         result += timed_rows(seconds, baseline=f"{name}, plain PyTorch")
     runs.clear()
-    memory = [peak_memory(two_steps, kind, config, rows) for kind in ("plain PyTorch", "tinygpt")]
-    for row, used in zip(result[-2:], memory, strict=True):
+    memory = [
+        peak_memory(two_steps, kind, config, rows, with_optimizer)
+        for with_optimizer in (False, True)
+        for kind in ("plain PyTorch", "tinygpt")
+    ]
+    for row, used in zip(result[:2] + result[-2:], memory, strict=True):
         row["tokens_per_second"] = rows * seq / row["median_seconds"]
         row["peak_mib"] = None if used is None else used.peak / MIB
         row["extra_mib"] = None if used is None else used.extra_mib
@@ -366,9 +372,12 @@ def main() -> None:
         },
         args,
     )
-    if all(memory):
-        ratios = [getattr(memory[1], name) / getattr(memory[0], name) for name in ("peak", "extra_mib")]
-        print(f"memory of tinygpt / plain: {ratios[0]:.2f} at the peak, {ratios[1]:.2f} of what training took on top\n")
+    for what, plain, ours in (("forward and backward", *memory[:2]), ("whole step", *memory[2:])):
+        if plain and ours:
+            ratios = [getattr(ours, name) / getattr(plain, name) for name in ("peak", "extra_mib")]
+            print(
+                f"memory of tinygpt / plain, {what}: {ratios[0]:.2f} at the peak, {ratios[1]:.2f} on top of the start"
+            )
     compare_peers(config, rows, args)
 
 
