@@ -4,7 +4,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING, TextIO
 
-from tinygpt.cli._parser import unescaped
+from tinygpt.cli._parser import typed_path, unescaped
 
 if TYPE_CHECKING:
     from tinygpt.data import TokenizeProgress
@@ -22,10 +22,15 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         epilog="example: tinygpt tokenize books/ shards/train --tokenizer my-tokenizer",
     )
     parser.add_argument(
-        "source", metavar="SOURCE", help="what tinygpt.data.open_source opens: a file, a folder, hf://datasets/..."
+        "source",
+        metavar="SOURCE",
+        type=typed_path,
+        help="what tinygpt.data.open_source opens: a file, a folder, hf://datasets/...",
     )
-    parser.add_argument("out", metavar="OUT", help="folder for the shards, new or unfinished")
-    parser.add_argument("--tokenizer", required=True, metavar="FOLDER", help="folder that a tokenizer was saved to")
+    parser.add_argument("out", metavar="OUT", type=typed_path, help="folder for the shards, new or unfinished")
+    parser.add_argument(
+        "--tokenizer", required=True, metavar="FOLDER", type=typed_path, help="folder that a tokenizer was saved to"
+    )
     parser.add_argument("--text-key", default="text", metavar="KEY", help="key or column of the text (default: text)")
     parser.add_argument("--separator", metavar="TEXT", help=r"what separates documents in .txt files, such as '\n\n'")
     parser.add_argument(
