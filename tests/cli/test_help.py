@@ -127,6 +127,19 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["tokenizer", "trian"], "invalid choice: 'trian'"),
     (["tokenizer", "train", "absent", "--vocab-size", "300", "--out", "t"], "absent does not exist"),
     (["tokenizer", "train", "embedded", "--vocab-size", "9", "--out", "t"], "vocab_size=9 has no room for 256 bytes"),
+    (
+        ["tokenizer", "train", "embedded", "--vocab-size", "99999999999", "--out", "t"],
+        "vocab_size=99999999999 is more than a model takes; choose 16,777,216 or less.",
+    ),
+    (
+        ["tokenizer", "train", "embedded", "--vocab-size", "300", "--max-characters", "0", "--out", "t"],
+        "max_characters=0 is not positive",
+    ),
+    (
+        ["tokenizer", "train", "embedded", "--vocab-size", "300", "--out", "words.txt/t"],
+        "--out words.txt/t is or lies in a file, and a tokenizer is a folder",
+    ),
+    (["serve", "absent", "--allow-origin", "a.b"], "'a.b', which no browser sends; write https://example.org, without"),
     (["eval", "absent"], "'absent' is neither an existing folder"),
     (["eval", "absent", "--tasks", "a"], "--tasks, --max-per-task and --results are about the questions of --core"),
     (["eval", "."], ". brings no validation set"),

@@ -3,6 +3,7 @@
 import argparse
 import json
 from collections.abc import Iterator
+from pathlib import Path
 
 from tinygpt.cli._parser import typed_path
 from tinygpt.cli._source import open_text
@@ -51,7 +52,13 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
 
 
 def _train(options: argparse.Namespace) -> None:
+    from tinygpt.errors import ConfigError
     from tinygpt.tokenizer import tokenizer_report, train_bpe
+
+    if any(path.exists() and not path.is_dir() for path in (Path(options.out), *Path(options.out).parents)):
+        raise ConfigError(
+            f"--out {options.out} is or lies in a file, and a tokenizer is a folder; choose another name."
+        )
 
     sources = [open_text(path, options) for path in options.texts]
     held_out = open_text(options.validation, options, embedded="validation") if options.validation else None

@@ -30,6 +30,7 @@ _TYPED = (
     (r"overflow='carry', or cut .* for example", "--DATAoverflow carry, or part documents by --DATAseparator"),
     (r"give separator=('[^']*')", r"give --DATAseparator \1"),
     (r"give the separator between its documents, or raise( the limit)?", "part it by --DATAseparator TEXT"),
+    (r"or None for one a core", "or leave it out for one a core"),
     (r"choose a text_key\.", "choose one with --DATAtext-key."),
     (r"validation_fraction=([\d.]+)", r"--DATAheld-out \1"),
     (
