@@ -418,6 +418,18 @@ def test_info_knows_everything_that_is_written(finished_run: Path, here: Path, c
         assert "whole" in capsys.readouterr().out
 
 
+def test_a_run_whose_checkpoints_are_damaged_is_begun_anew_by_a_command_that_there_is(
+    finished_run: Path, here: Path, capsys: Captured
+) -> None:
+    shutil.copytree(finished_run, "run")
+    weights = checkpoint(here / "run") / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+    with pytest.warns(UserWarning, match="passing over a damaged checkpoint"):
+        assert run("resume", "run", "--quiet") == 2
+    assert "choose another folder, by tinygpt train run --out NEW, to start over." in capsys.readouterr().err
+    assert run("train", "run", "--out", "NEW", "--quiet") == 0
+
+
 def test_info_sees_damage(finished_run: Path, here: Path, capsys: Captured) -> None:
     shutil.copytree(finished_run, "run")
     weights = checkpoint(Path("run")) / "model.safetensors"

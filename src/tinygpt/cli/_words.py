@@ -51,6 +51,9 @@ def as_typed(message: str, options: argparse.Namespace | None) -> str:
     data = "data." if hasattr(options, "overrides") else ""
     for said, typed in _TYPED:
         message = re.sub(said, typed.replace("DATA", data), message)
+    if options is not None and hasattr(options, "run_folder"):  # resume, which has no --out
+        again = command("train", options.run_folder, "--out", "NEW")
+        message = message.replace("choose another folder for --out", f"choose another folder, by {again},")
     return message
 
 
