@@ -28,6 +28,7 @@ from tinygpt.recipe import Recipe
 from tinygpt.tokenizer import ByteTokenizer, load_tokenizer
 
 Captured = pytest.CaptureFixture[str]
+BUNDLE = Path(__file__).parents[1] / "data_files" / "eval_bundle"
 
 
 def run(*arguments: str) -> int:
@@ -120,6 +121,11 @@ def test_a_longer_run_is_refused_with_its_ways_on_until_it_is_meant(
     assert ways(capsys.readouterr().err) == {
         "keep the settings of the checkpoint": "tinygpt resume run",
         "begin another run": f"tinygpt train {recipe_file} --model.depth 2 --out run-new",
+    }
+    assert run("resume", "run", "--model.dim", "32", "--quiet") == 2  # weights of other shapes cannot be accepted
+    assert ways(capsys.readouterr().err) == {
+        "keep the settings of the checkpoint": "tinygpt resume run",
+        "begin another run": "tinygpt train run --model.dim 32 --out run-new",
     }
     assert Recipe.load("run").num_steps == 6
     assert run("resume", "run", "--num-steps", "9", "--rewarm-steps", "2", "--quiet") == 0
@@ -343,10 +349,21 @@ def test_eval_measures_what_the_library_measures(finished_run: Path, here: Path,
     assert "all, by bytes" in capsys.readouterr().out
 
 
+def test_eval_refuses_what_a_saved_set_cannot_follow(finished_run: Path, capsys: Captured) -> None:
+    for option in (["--max-tokens", "9"], ["--text-key", "body"], ["--separator", r"\n"]):
+        assert run("eval", str(finished_run), *option) == 2
+        assert capsys.readouterr().err.endswith("a saved validation set is measured as it is.\n")
+
+
+def test_eval_looks_at_the_folder_of_results_before_it_asks(finished_run: Path, here: Path, capsys: Captured) -> None:
+    (here / "file").write_text("")
+    assert run("eval", str(finished_run), "--core", str(BUNDLE), "--results", "file") == 2
+    assert "file is a file, and results are kept in a folder; choose another name." in capsys.readouterr().err
+
+
 def test_eval_asks_the_questions_of_a_bundle(finished_run: Path, capsys: Captured) -> None:
     pytest.importorskip("yaml")
-    bundle = Path(__file__).parents[1] / "data_files" / "eval_bundle"
-    asked = ["--core", str(bundle), "--max-per-task", "2", "--quiet"]
+    asked = ["--core", str(BUNDLE), "--max-per-task", "2", "--quiet"]
     found = run_json(capsys, "eval", str(finished_run), *asked, "--tasks", "brackets")["core"]
     assert [task["label"] for task in found["tasks"]] == ["brackets"]
     assert found["tasks"][0]["num_items"] == 2
@@ -399,6 +416,18 @@ def test_info_knows_everything_that_is_written(finished_run: Path, here: Path, c
     for path in (finished_run, folder, "shards"):
         assert run("info", str(path)) == 0
         assert "whole" in capsys.readouterr().out
+
+
+def test_a_run_whose_checkpoints_are_damaged_is_begun_anew_by_a_command_that_there_is(
+    finished_run: Path, here: Path, capsys: Captured
+) -> None:
+    shutil.copytree(finished_run, "run")
+    weights = checkpoint(here / "run") / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+    with pytest.warns(UserWarning, match="passing over a damaged checkpoint"):
+        assert run("resume", "run", "--quiet") == 2
+    assert "choose another folder, by tinygpt train run --out NEW, to start over." in capsys.readouterr().err
+    assert run("train", "run", "--out", "NEW", "--quiet") == 0
 
 
 def test_info_sees_damage(finished_run: Path, here: Path, capsys: Captured) -> None:

@@ -1,5 +1,6 @@
 """Help that does not wait, and mistakes that are answered in one line with status 2."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -97,7 +98,27 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["train", "words.txt"], "words.txt is text and no recipe; try --depth 4 --data.train words.txt"),
     (["tokenize", "a.jsonl", "s", "--tokenizer", "t"], "no tokenizer can be read from t: tokenizer_config.json"),
     (["tokenizer", "train", "a.jsonl", "--vocab-size", "300", "--out", "t", "--quiet"], "choose one with --text-key."),
+    (["train", "--depth", "100000"], "num_layers=100000: input should be less than or equal to 1000. GPTConfig.dim="),
+    (["train", "--depth", "1", "--tokens-per-parameter", "nan"], "--tokens-per-parameter nan is not a positive number"),
+    (["train", "--depth", "1", "--data.train", "", "--out", "r"], "DataRecipe.train='': string should have at least 1"),
+    (["train", "--depth", "1", "--tokenizer", "", "--out", "r"], "folder='': string should have at least 1 character"),
+    (["train", "--depth", "1", "--out", ""], "argument --out: the path is empty; is a variable of the shell not set?"),
+    (["train", "--depth", "1", "--from", ""], "argument --from: the path is empty"),
+    (["train", ""], "argument RECIPE: the path is empty"),
+    (["train", "leaves.py"], "leaves.py failed with SystemExit: 0"),
+    (["train", "--depth", "1", "--rewarm-steps", "0", "--out", "r"], "--rewarm-steps 0 is not a number of steps"),
+    (
+        ["train", "--depth", "1", "--data.train", "https://a.b/c.txt", "--out", "r"],
+        "https://a.b/c.txt is an address; give a file or a folder, downloaded first, or hf://datasets/USER/NAME/",
+    ),
+    (
+        ["train", "--depth", "1", "--data.seq-len", "512", "--out", "r"],
+        "data.seq_len=512 is longer than model.max_seq_len=256; choose shorter rows, or a model with a longer context.",
+    ),
+    (["train", "--depth", "1", "--push.repo", "nonsense", "--out", "r"], "'nonsense' is not a Hub name; give 'user/re"),
+    (["train", "--depth", "1", "--device", "mps", "--out", "r"], "device='mps' cannot be used: "),
     (["resume"], "the following arguments are required: RUN"),
+    (["resume", ""], "argument RUN: the path is empty"),
     (["resume", "absent"], "there is no run absent; tinygpt train begins one"),
     (["resume", "."], "holds no recipe.json, so it is no run that was made from a recipe"),
     (["plan", "--depth", "2", "--gpu", "Abacus"], "the peak of 'Abacus' in bfloat16 is not known"),
@@ -106,11 +127,33 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["tokenizer", "trian"], "invalid choice: 'trian'"),
     (["tokenizer", "train", "absent", "--vocab-size", "300", "--out", "t"], "absent does not exist"),
     (["tokenizer", "train", "embedded", "--vocab-size", "9", "--out", "t"], "vocab_size=9 has no room for 256 bytes"),
+    (
+        ["tokenizer", "train", "embedded", "--vocab-size", "99999999999", "--out", "t"],
+        "vocab_size=99999999999 is more than a model takes; choose 16,777,216 or less.",
+    ),
+    (
+        ["tokenizer", "train", "embedded", "--vocab-size", "300", "--max-characters", "0", "--out", "t"],
+        "max_characters=0 is not positive",
+    ),
+    (
+        ["tokenizer", "train", "embedded", "--vocab-size", "300", "--out", "words.txt/t"],
+        "--out words.txt/t is or lies in a file, and a tokenizer is a folder",
+    ),
+    (["serve", "absent", "--allow-origin", "a.b"], "'a.b', which no browser sends; write https://example.org, without"),
     (["eval", "absent"], "'absent' is neither an existing folder"),
     (["eval", "absent", "--tasks", "a"], "--tasks, --max-per-task and --results are about the questions of --core"),
     (["eval", "."], ". brings no validation set"),
     (["eval", "absent", "--domains", "x"], "--domains x has no name; write NAME=TEXT"),
     (["eval", "absent", "--validation", "embedded"], "'absent' is neither an existing folder"),
+    (["eval", "", "--validation", "a.txt"], "argument RUN_OR_REPO: the path is empty"),
+    (["eval", "absent", "--domains", "x="], "--domains x= has no text; write NAME=TEXT"),
+    (["eval", "absent", "--domains", "x=a.txt", "x=b.txt"], "--domains has two texts of one name; give each a name of"),
+    (["eval", "absent", "--validation", "a.safetensors", "--max-tokens", "9"], "a saved validation set is measured as"),
+    (["eval", "absent", "--validation", "embedded", "--max-tokens", "0"], "--max-tokens 0 is not positive; choose 1"),
+    (
+        ["generate", "empty", "--revision", "main", "-p", "x"],
+        "--revision is for a repository of the Hub, and empty is a",
+    ),
     (["generate", "absent", "-p", "x"], "'absent' is neither an existing folder"),
     (["generate", "empty", "-p", "x"], "empty is an empty folder; give a run (its newest whole checkpoint)"),
     (["generate", "mixed", "-p", "x"], "mixed holds no model but a.jsonl, words.txt; give a run"),
@@ -119,6 +162,7 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["generate", "runs/one/checkpoints", "-p", "x"], "holds the checkpoints of the run runs/one; give a run"),
     (["generate", "absent", "--temprature", "3"], "did you mean --temperature?"),
     (["generate", "absent", "-p", "x", "--device", "abacus"], "device='abacus' cannot be used"),
+    (["chat", "absent", "--temperature", "-1", "--top-p", "0"], "greater than or equal to 0. GenerationConfig.top_p="),
     (["export", "absent", "out"], "'absent' is neither an existing folder"),
     (["import", "absent", "out"], "'absent' is neither an existing folder"),
     (["import", "absent", "out", "--step", "3"], "--step and --tokenizer are for checkpoints of nanochat"),
@@ -130,6 +174,11 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["import", "runs/one", "out"], "runs/one is of tinygpt itself; the other commands read it as it is."),
     (["push", "runs/one", "nonsense"], "'nonsense' is not a Hub name; give 'user/repo'"),
     (["report", "words.txt"], "words.txt is a file; give the folder of a run."),
+    (
+        ["report", "metrics", "--out", "words.txt"],
+        "words.txt: [Errno 17] File exists: 'words.txt'; choose another folder with --out.",
+    ),
+    (["report", ""], "argument RUN: the path is empty"),
     (["report", "empty"], "empty has no metrics.jsonl; give the folder of a run."),
     (["compare", "empty"], "1 run cannot be compared; give 2 to 24."),
     (["import", "absent", "."], ". is there already; choose a new or empty folder"),
@@ -138,6 +187,8 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["info", "absent"], "'absent' is neither an existing folder"),
     (["info", "."], ". is neither a run, a checkpoint, a model"),
     (["info", "words.txt"], "It is text to train on: tinygpt train --depth 4 --data.train words.txt"),
+    (["info", "two words.txt"], "tinygpt train --depth 4 --data.train 'two words.txt'"),
+    (["info", ""], "argument PATH_OR_REPO: the path is empty"),
     (["completion", "cmd"], "invalid choice: 'cmd'"),
     (["completion"], "the following arguments are required: shell"),
 ]
@@ -149,10 +200,13 @@ def test_a_mistake_is_one_line_with_status_2(
 ) -> None:
     (here / "file").write_text("")
     (here / "words.txt").write_text("one document")
-    for folder in ("empty", "mixed", "theirs", "runs/one/checkpoints/step-000001"):
+    (here / "leaves.py").write_text("raise SystemExit(0)")
+    (here / "two words.txt").write_text("one document")
+    for folder in ("empty", "metrics", "mixed", "theirs", "runs/one/checkpoints/step-000001"):
         (here / folder).mkdir(parents=True)
     for name in (
         "notes.md",
+        "metrics/metrics.jsonl",
         "mixed/words.txt",
         "theirs/model_000001.pt",
         "runs/one/checkpoints/step-000001/state.json",
@@ -170,6 +224,41 @@ def test_a_mistake_is_one_line_with_status_2(
     assert printed.err.startswith("error: ")
     assert message in printed.err
     assert printed.err.count("\n") == 1
+
+
+def test_a_refused_device_is_named_in_few_words(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "absent", "-p", "x", "--device", "mps"]) == 2
+    assert len(capsys.readouterr().err) < 200  # torch tells all that it could run on instead
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-"])
+@pytest.mark.skipif(sys.platform == "win32", reason="the shell of Windows closes no stream")
+def test_a_closed_stream_is_no_traceback(finished_run: Path, closed: str) -> None:
+    command = f"{sys.executable} -m tinygpt generate {finished_run} -p a -n 2 {closed}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_text_that_the_output_cannot_show_is_replaced_there(finished_run: Path) -> None:
+    done = run("generate", str(finished_run), "-p", "é 日", "-n", "0", env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert (done.returncode, done.stdout, done.stderr) == (0, "? ?\n", "")
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried ...")]
+)
+@pytest.mark.parametrize("command", ["generate", "eval", "info"])
+def test_too_little_memory_is_one_line(
+    command: str, error: Exception, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run_out(*_: object) -> None:
+        raise error
+
+    module = "_inspect.describe_path" if command == "info" else f"_{command}.load_source"
+    monkeypatch.setattr(f"tinygpt.cli.{module}", run_out)
+    rest = {"generate": ["-p", "x"], "eval": ["--validation", "embedded"], "info": []}[command]
+    assert main([command, ".", *rest]) == 2
+    assert capsys.readouterr().err.startswith("error: there is too little memory for this; take fewer rows")
 
 
 def test_version_help_and_no_traceback_in_a_process_of_its_own() -> None:

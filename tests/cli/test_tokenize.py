@@ -50,6 +50,28 @@ def test_an_error_is_one_line_and_status_2(tmp_path: Path, tokenizer: str, capsy
     assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'absent'} does not exist")
 
 
+@pytest.mark.parametrize(
+    ("out", "option", "message"),
+    [
+        ("file", [], "file is a file; choose a new folder."),
+        ("new", ["--processes", "0"], "leave it out for one a core"),
+    ],
+)
+def test_a_wrong_option_is_refused_before_a_folder_is_made(
+    tmp_path: Path, tokenizer: str, out: str, option: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    assert main(["tokenize", "embedded", str(tmp_path / out), "--tokenizer", tokenizer, "--quiet", *option]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_book_that_comes_along_is_a_source_like_any_other(tmp_path: Path, tokenizer: str) -> None:
+    out = tmp_path / "out"
+    assert main(["tokenize", "embedded", str(out), "--tokenizer", tokenizer, "--processes", "1", "--quiet"]) == 0
+    assert len(TokenShards(out)) == 124
+
+
 def test_help_does_not_wait_for_torch() -> None:
     script = "import sys; from tinygpt.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
     done = subprocess.run(

@@ -126,3 +126,9 @@ def test_logits_of_another_shape_are_refused() -> None:
 def test_options_out_of_range_are_named(field: str, value: object) -> None:
     with pytest.raises(ConfigError, match=f"GenerationConfig.{field}"):
         GenerationConfig(**{field: value})
+
+
+def test_the_smallest_top_p_keeps_the_best_token() -> None:
+    logits = torch.randn(4, 300, generator=torch.Generator().manual_seed(0))
+    for top_k in (None, 7):
+        assert torch.equal(sample_token(logits, top_p=1e-300, top_k=top_k), logits.argmax(dim=-1))

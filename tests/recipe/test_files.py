@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tinygpt.errors import ConfigError
+from tinygpt.errors import ConfigError, HubError
 from tinygpt.recipe import Recipe
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "recipes"
@@ -208,6 +208,34 @@ HOSTILE: list[tuple[str, str]] = [
 def test_hostile_values_are_refused_and_named(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Recipe.load(write(tmp_path, text))
+
+
+def test_a_file_may_begin_with_the_byte_order_mark_of_windows(tmp_path: Path) -> None:
+    for name, text in (("a.toml", "num_steps = 6"), ("a.json", '{"num_steps": 6}')):
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + text.encode())
+        assert Recipe.load(tmp_path / name).num_steps == 6
+
+
+def test_a_recipe_of_python_that_leaves_the_program_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="failed with SystemExit: 3"):
+        Recipe.load(write(tmp_path, "raise SystemExit(3)", "leaves.py"))
+
+
+def test_empty_paths_are_refused_before_they_mean_something_else(tmp_path: Path) -> None:
+    for name in ("data.train", "data.validation", "tokenizer", "tokenizer.folder"):
+        with pytest.raises(ConfigError, match="='': string should have at least 1 character"):
+            Recipe.load(write(tmp_path, "num_steps = 1"), overrides={name: ""})
+
+
+def test_rows_longer_than_the_context_are_refused_by_their_names(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data\.seq_len=64 is longer than model\.max_seq_len=32; choose shorter"):
+        Recipe.load(write(tmp_path, "num_steps = 1"), overrides={"data.seq_len": "64", "model.max_seq_len": "32"})
+
+
+def test_a_repository_without_a_name_is_refused_before_any_work(tmp_path: Path) -> None:
+    recipe = Recipe.load(write(tmp_path, "num_steps = 1"), overrides={"push.repo": "nonsense"})
+    with pytest.raises(HubError, match="'nonsense' is not a Hub name"):
+        recipe.check(tmp_path / "run")
 
 
 def test_files_that_are_no_recipes_are_refused(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import argparse
 
+from tinygpt.cli._parser import typed_path
 from tinygpt.cli._report import add_output_options, print_files
 
 
@@ -14,8 +15,10 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         "settings in which the runs differ.",
         epilog="example: tinygpt compare runs/first runs/second --out comparison",
     )
-    parser.add_argument("folders", metavar="RUN", nargs="+", help="folders of two or more runs")
-    parser.add_argument("--out", metavar="DIR", default="comparison", help="folder to write to (default: comparison)")
+    parser.add_argument("folders", metavar="RUN", nargs="+", type=typed_path, help="folders of two or more runs")
+    parser.add_argument(
+        "--out", metavar="DIR", type=typed_path, default="comparison", help="folder to write to (default: comparison)"
+    )
     add_output_options(parser)
     parser.set_defaults(run=_run)
 

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tinygpt.cli._parser import typed_path
 from tinygpt.cli._source import add_source_options, load_source, model_folder, open_text
 
 if TYPE_CHECKING:
@@ -27,17 +28,23 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     add(
         "--validation",
         metavar="TEXT",
+        type=typed_path,
         help="text to measure on, a validation set saved as .safetensors, or embedded (default: the run's own set)",
     )
     add("--domains", nargs="+", metavar="NAME=TEXT", help="measure on each of these and on all together")
-    add("--max-tokens", type=int, default=524_288, metavar="N", help="most tokens of a text (default: 524,288)")
+    add("--max-tokens", type=int, metavar="N", help="most tokens of a text (default: 524,288)")
     add("--rows", type=int, metavar="N", help="rows at a time (default: 8, or those of a saved validation set)")
-    add("--text-key", default="text", metavar="KEY", help="key or column of the text (default: text)")
+    add("--text-key", metavar="KEY", help="key or column of the text (default: text)")
     add("--separator", metavar="TEXT", help=r"what separates documents in .txt files, such as '\n\n'")
-    add("--core", metavar="BUNDLE", help='folder, zip file or address of an evaluation bundle, needs "tinygpt[eval]"')
+    add(
+        "--core",
+        metavar="BUNDLE",
+        type=typed_path,
+        help='folder, zip file or address of an evaluation bundle, needs "tinygpt[eval]"',
+    )
     add("--tasks", nargs="+", metavar="LABEL", help="only these tasks of the bundle")
     add("--max-per-task", type=int, metavar="N", help="most questions of a task")
-    add("--results", metavar="FOLDER", help="keep answers there, so that a stopped evaluation goes on")
+    add("--results", metavar="FOLDER", type=typed_path, help="keep answers there, so that a stopped evaluation goes on")
     add("--quiet", action="store_true", help="show no progress")
     add("--json", action="store_true", help="print the figures as JSON")
     parser.set_defaults(run=_run)
@@ -59,7 +66,20 @@ def _run(options: argparse.Namespace) -> None:
             f"{options.source} brings no validation set; give --validation TEXT (embedded for the book), --domains "
             "NAME=TEXT, or --core BUNDLE."
         )
-    domains = dict(_named(entry) for entry in options.domains or ())
+    read = (options.validation, *(entry.partition("=")[2] for entry in options.domains or ()))
+    if all(text is None or text.endswith(".safetensors") for text in read) and any(
+        value is not None for value in (options.max_tokens, options.text_key, options.separator)
+    ):
+        raise ConfigError(
+            "--max-tokens, --text-key and --separator are about text, of --validation TEXT or --domains NAME=TEXT; a "
+            "saved validation set is measured as it is."
+        )
+    if options.max_tokens is not None and options.max_tokens < 1:
+        raise ConfigError(f"--max-tokens {options.max_tokens} is not positive; choose 1 or more.")
+    named = [_named(entry) for entry in options.domains or ()]
+    domains = dict(named)
+    if len(domains) < len(named):
+        raise ConfigError("--domains has two texts of one name; give each a name of its own.")
     model, tokenizer, folder = load_source(options)
     figures: dict[str, Any] = {"model": str(folder)}
     texts = []
@@ -104,7 +124,8 @@ def _named(entry: str) -> tuple[str, str]:
 
     name, equals, text = entry.partition("=")
     if not (name and equals and text):
-        raise ConfigError(f"--domains {entry} has no name; write NAME=TEXT, such as prose=book.txt.")
+        missing = "text" if name and equals else "name"
+        raise ConfigError(f"--domains {entry} has no {missing}; write NAME=TEXT, such as prose=book.txt.")
     return name, text
 
 
@@ -118,5 +139,5 @@ def _validation(text: str, options: argparse.Namespace, model: "GPT", tokenizer:
         raise ConfigError("the model has no config, so the length of its rows is not known.")
     source = open_text(text, options, embedded="validation")
     return ValidationSet.from_source(
-        source, tokenizer, rows=options.rows or 8, seq_len=model.max_seq_len, max_tokens=options.max_tokens
+        source, tokenizer, rows=options.rows or 8, seq_len=model.max_seq_len, max_tokens=options.max_tokens or 524_288
     )

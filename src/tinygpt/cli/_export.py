@@ -3,6 +3,7 @@
 import argparse
 import json
 
+from tinygpt.cli._parser import typed_path
 from tinygpt.cli._source import SOURCE_HELP, model_folder
 
 
@@ -15,8 +16,8 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         "one computes exactly the same, otherwise with one file of code.",
         epilog="example: tinygpt export runs/first for-transformers",
     )
-    parser.add_argument("source", metavar="RUN_OR_REPO", help=SOURCE_HELP)
-    parser.add_argument("out", metavar="OUT", help="folder to write, new or empty")
+    parser.add_argument("source", metavar="RUN_OR_REPO", type=typed_path, help=SOURCE_HELP)
+    parser.add_argument("out", metavar="OUT", type=typed_path, help="folder to write, new or empty")
     parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a repository")
     parser.add_argument(
         "--dtype", choices=["float32", "bfloat16", "float16"], help="of the weights (default: as saved)"

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tinygpt.cli._parser import typed_path
 from tinygpt.cli._source import repository_folder, what_is_in
 
 if TYPE_CHECKING:
@@ -21,8 +22,10 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         "executed or unpickled.",
         epilog="example: tinygpt import nanochat/base_checkpoints/d12 models/d12",
     )
-    parser.add_argument("source", metavar="FOLDER", help="folder of the checkpoint, or user/repo for transformers")
-    parser.add_argument("out", metavar="OUT", help="folder to write, new or empty")
+    parser.add_argument(
+        "source", metavar="FOLDER", type=typed_path, help="folder of the checkpoint, or user/repo for transformers"
+    )
+    parser.add_argument("out", metavar="OUT", type=typed_path, help="folder to write, new or empty")
     parser.add_argument(
         "--format",
         choices=["auto", "nanochat", "huggingface"],

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from tinygpt.cli._parser import typed_path
+
 
 def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the command to the parser of `tinygpt`."""
@@ -16,7 +18,9 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         "holds, and whether it is whole. Without a path: versions, devices and extras of this installation.",
         epilog="example: tinygpt info runs/first --json",
     )
-    parser.add_argument("path", metavar="PATH_OR_REPO", nargs="?", help="a file, a folder, or user/repo")
+    parser.add_argument(
+        "path", metavar="PATH_OR_REPO", nargs="?", type=typed_path, help="a file, a folder, or user/repo"
+    )
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     parser.set_defaults(run=_run)
 

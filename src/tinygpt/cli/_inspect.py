@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tinygpt.checkpoint import list_checkpoints, load_state, verify
+from tinygpt.cli._words import command
 from tinygpt.errors import CheckpointError, ConfigError, TinyGPTError
 
 Facts = dict[str, Any]
@@ -33,7 +34,7 @@ def describe_path(path: Path) -> Facts:
         if belongs(path):
             return {"kind": kind, "path": str(path), **describe(path)}
     text = path.suffix in {".txt", ".jsonl", ".parquet"}
-    hint = f" It is text to train on: tinygpt train --depth 4 --data.train {path}" if text else ""
+    hint = f" It is text to train on: {command('train', '--depth', '4', '--data.train', str(path))}" if text else ""
     raise ConfigError(
         f"{path} is neither a run, a checkpoint, a model, token shards, a tokenizer, a validation set nor a recipe."
         + hint

@@ -28,7 +28,7 @@ from tinygpt.cli import (
     _train,
 )
 from tinygpt.cli._parser import Parser, suggestion
-from tinygpt.cli._words import as_typed
+from tinygpt.cli._words import as_typed, is_out_of_memory
 from tinygpt.errors import TinyGPTError
 
 # In the order of --help. Each module imports argparse at most; a command imports what it needs when it runs.
@@ -52,6 +52,7 @@ _COMMANDS = (
 )
 
 _INTERRUPTED = 130
+_NO_MEMORY = "there is too little memory for this; take fewer rows, texts or tokens at a time, or a smaller model."
 _BROKEN_PIPE = 141  # as shells report SIGPIPE
 
 
@@ -82,7 +83,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (TinyGPTError, OSError) as error:
         if isinstance(error, BrokenPipeError):
             return _leave_pipe()
-        print(f"error: {as_typed(str(error), options)}", file=sys.stderr)
+        print(f"error: {_one_line(as_typed(str(error), options))}", file=sys.stderr)
+        return 2
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print(f"error: {_NO_MEMORY}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         again = "; run the same command again to go on" if hasattr(options, "goes_on") else ""
@@ -106,6 +112,12 @@ def build_parser() -> tuple[Parser, list[str]]:
     for command in _COMMANDS:
         command.add_command(commands)
     return parser, list(commands.choices)
+
+
+def _one_line(message: str) -> str:
+    """Return the sentences of a message, such as those on several fields, in one line; a table keeps its own."""
+    lines = message.splitlines()
+    return message if any(line[:1].isspace() for line in lines) else " ".join(lines)
 
 
 @contextlib.contextmanager

@@ -73,6 +73,13 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message} (see {self.prog} --help)\n")
 
 
+def typed_path(text: str) -> str:
+    """Return the path that was typed; an empty one, such as of a variable that is not set, would mean this folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty; is a variable of the shell not set?")
+    return text
+
+
 def suggestion(name: str, known: Iterable[str]) -> str:
     """Return a hint at the nearest known name, or nothing."""
     near = difflib.get_close_matches(name, list(known), n=1)

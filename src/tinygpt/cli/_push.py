@@ -5,6 +5,7 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
+from tinygpt.cli._parser import typed_path
 from tinygpt.cli._words import command
 
 if TYPE_CHECKING:
@@ -20,7 +21,9 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         "learning curve. Without: make the pushes that a run has queued and could not make.",
         epilog="example: tinygpt push runs/first user/repo --dry-run",
     )
-    parser.add_argument("source", metavar="RUN_OR_FOLDER", help="a run, a checkpoint, or a saved model")
+    parser.add_argument(
+        "source", metavar="RUN_OR_FOLDER", type=typed_path, help="a run, a checkpoint, or a saved model"
+    )
     parser.add_argument("repo", metavar="REPO", nargs="?", help="user/repo, made if it is missing")
     parser.add_argument("--step", metavar="N|best|latest", help="which checkpoint of a run (default: latest)")
     parser.add_argument("--private", action="store_true", help="make the repository private; a public one is refused")

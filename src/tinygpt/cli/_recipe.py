@@ -2,13 +2,15 @@
 
 import argparse
 import logging
+import math
 import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tinygpt.cli._parser import suggestion, unescaped
-from tinygpt.cli._words import command, ways_on
+from tinygpt.cli._parser import suggestion, typed_path, unescaped
+from tinygpt.cli._words import command, is_out_of_memory, ways_on
+from tinygpt.errors import CheckpointError, ConfigError, TinyGPTError
 
 if TYPE_CHECKING:
     from tinygpt.recipe import Recipe
@@ -22,7 +24,9 @@ FIELDS = (
 
 def add_recipe_options(parser: argparse.ArgumentParser) -> None:
     """Add the two ways to name a recipe."""
-    parser.add_argument("recipe", metavar="RECIPE", nargs="?", help="recipe file (.toml, .json or .py), or a run")
+    parser.add_argument(
+        "recipe", metavar="RECIPE", nargs="?", type=typed_path, help="recipe file (.toml, .json or .py), or a run"
+    )
     parser.add_argument(
         "--depth", type=int, metavar="N", help="instead of a recipe: so many layers, the rest for this device"
     )
@@ -43,12 +47,13 @@ def recipe_of(options: argparse.Namespace) -> "Recipe":
     """
     import torch
 
-    from tinygpt.errors import ConfigError
     from tinygpt.recipe import Recipe
 
     if (options.recipe is None) == (options.depth is None):
         hints = [suggestion(f"--{name}", ["--depth", "--out"]) for name in options.overrides]
         raise ConfigError(f"give either a recipe file or --depth N, such as --depth 4{''.join(hints)}")
+    if not 0 < options.tokens_per_parameter < math.inf:
+        raise ConfigError(f"--tokens-per-parameter {options.tokens_per_parameter} is not a positive number.")
     if options.recipe is not None:
         if options.recipe.endswith((".txt", ".jsonl", ".parquet")):
             raise ConfigError(
@@ -94,9 +99,10 @@ def add_resume_options(parser: argparse.ArgumentParser) -> None:
 def train(recipe: "Recipe", out: Path, options: argparse.Namespace) -> None:
     """Check what is read, print the plan, and train, from the newest checkpoint on if there is one."""
     from tinygpt.checkpoint import latest_checkpoint, load_state
-    from tinygpt.errors import CheckpointError
     from tinygpt.trainer import ResumeRefusedError, stopped_runs_go_on_by
 
+    if options.rewarm_steps is not None and options.rewarm_steps < 1:
+        raise ConfigError(f"--rewarm-steps {options.rewarm_steps} is not a number of steps; choose 1 or more.")
     branch_from = getattr(options, "branch_from", None)
     if branch_from is not None:
         _check_branch(recipe, Path(branch_from), out)
@@ -126,7 +132,6 @@ def train(recipe: "Recipe", out: Path, options: argparse.Namespace) -> None:
 def _check_branch(recipe: "Recipe", branch_from: Path, out: Path) -> None:
     """Refuse a branch that could not begin, before its folder is made."""
     from tinygpt.checkpoint import list_checkpoints, load_state
-    from tinygpt.errors import ConfigError
 
     if branch_from.resolve().is_relative_to((out / "checkpoints").resolve()):
         raise ConfigError(
@@ -145,18 +150,17 @@ def _check_branch(recipe: "Recipe", branch_from: Path, out: Path) -> None:
 
 
 def out_of_memory(run: Callable[[argparse.Namespace], None]) -> Callable[[argparse.Namespace], Any]:
-    """Let a command that runs out of a GPU's memory say what to do about it."""
+    """Let a command that runs out of memory say what to do about it."""
 
     def guarded(options: argparse.Namespace) -> None:
         try:
             run(options)
-        except RuntimeError as error:
-            if type(error).__name__ != "OutOfMemoryError":
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, TinyGPTError) or not is_out_of_memory(error):
                 raise
-            from tinygpt.errors import ConfigError
-
+            where = "GPU" if type(error).__name__ == "OutOfMemoryError" else "machine"
             raise ConfigError(
-                "the GPU has too little memory; --micro-batch-rows auto computes as many rows at a time as fit; "
+                f"the {where} has too little memory; --micro-batch-rows auto computes as many rows at a time as fit; "
                 "if it is on, --activation-checkpointing block keeps the least, and tinygpt plan tells what would fit."
             ) from None
 

@@ -3,6 +3,8 @@
 import argparse
 from typing import TYPE_CHECKING
 
+from tinygpt.cli._parser import typed_path
+
 if TYPE_CHECKING:
     from tinygpt.report import ReportFiles
 
@@ -16,8 +18,10 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         "running, dead or cut off. The page needs nothing outside itself.",
         epilog="example: tinygpt report runs/first --open yes",
     )
-    parser.add_argument("folder", metavar="RUN", help="folder of the run: --out of train, out_dir of a TrainerConfig")
-    parser.add_argument("--out", metavar="DIR", help="folder for the report (default: RUN/report)")
+    parser.add_argument(
+        "folder", metavar="RUN", type=typed_path, help="folder of the run: --out of train, out_dir of a TrainerConfig"
+    )
+    parser.add_argument("--out", metavar="DIR", type=typed_path, help="folder for the report (default: RUN/report)")
     add_output_options(parser)
     parser.set_defaults(run=_run)
 

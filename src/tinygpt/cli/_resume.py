@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from tinygpt.cli._parser import typed_path
 from tinygpt.cli._recipe import FIELDS, add_resume_options, out_of_memory, overrides_of, train
 
 
@@ -17,7 +18,7 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         "--rewarm-steps. " + FIELDS,
         epilog="example: tinygpt resume runs/first --num-steps 1000 --rewarm-steps 50",
     )
-    parser.add_argument("run_folder", metavar="RUN", help="folder of the run")
+    parser.add_argument("run_folder", metavar="RUN", type=typed_path, help="folder of the run")
     add_resume_options(parser)
     parser.set_defaults(run=out_of_memory(_run), goes_on=True)
 

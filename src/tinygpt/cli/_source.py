@@ -4,9 +4,9 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from tinygpt.cli._parser import unescaped
+from tinygpt.cli._parser import typed_path, unescaped
 from tinygpt.cli._words import command
-from tinygpt.errors import CheckpointError
+from tinygpt.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from tinygpt.data import DocumentSource
@@ -18,7 +18,7 @@ SOURCE_HELP = "a run (its newest whole checkpoint), a checkpoint, a saved model,
 
 def add_source_options(parser: argparse.ArgumentParser) -> None:
     """Add the model and where to put it."""
-    parser.add_argument("source", metavar="RUN_OR_REPO", help=SOURCE_HELP)
+    parser.add_argument("source", metavar="RUN_OR_REPO", type=typed_path, help=SOURCE_HELP)
     parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a repository")
     parser.add_argument(
         "--device", default="auto", metavar="NAME", help="cpu, cuda, ... (default: a GPU if there is one)"
@@ -30,11 +30,14 @@ def model_folder(source: str, *, revision: str | None = None) -> Path:
 
     Raises:
         CheckpointError: If a run has no whole checkpoint, or a folder holds no model.
+        ConfigError: If a revision is given for a folder.
         HubError: If it is neither a folder nor a repository that can be read.
     """
     from tinygpt.checkpoint import latest_checkpoint, list_checkpoints
 
     folder = Path(source).expanduser()
+    if revision is not None and folder.is_dir():
+        raise ConfigError(f"--revision is for a repository of the Hub, and {folder} is a folder here.")
     if not (folder / "checkpoints").is_dir():
         if (folder / "recipe.json").exists():
             raise CheckpointError(
@@ -132,4 +135,4 @@ def open_text(
     if path == "embedded":
         return embedded_corpus(embedded)
     separator = None if options.separator is None else unescaped(options.separator)
-    return open_source(path, text_key=options.text_key, separator=separator)
+    return open_source(path, text_key=options.text_key or "text", separator=separator)

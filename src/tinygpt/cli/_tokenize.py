@@ -4,10 +4,10 @@ import argparse
 import sys
 from typing import TYPE_CHECKING, TextIO
 
-from tinygpt.cli._parser import unescaped
+from tinygpt.cli._parser import typed_path, unescaped
 
 if TYPE_CHECKING:
-    from tinygpt.data import TokenizeProgress
+    from tinygpt.data import DocumentSource, TokenizeProgress
 
 _BAR_WIDTH = 24
 
@@ -22,10 +22,15 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         epilog="example: tinygpt tokenize books/ shards/train --tokenizer my-tokenizer",
     )
     parser.add_argument(
-        "source", metavar="SOURCE", help="what tinygpt.data.open_source opens: a file, a folder, hf://datasets/..."
+        "source",
+        metavar="SOURCE",
+        type=typed_path,
+        help="what tinygpt.data.open_source opens: a file, a folder, hf://datasets/..., or embedded for the book",
     )
-    parser.add_argument("out", metavar="OUT", help="folder for the shards, new or unfinished")
-    parser.add_argument("--tokenizer", required=True, metavar="FOLDER", help="folder that a tokenizer was saved to")
+    parser.add_argument("out", metavar="OUT", type=typed_path, help="folder for the shards, new or unfinished")
+    parser.add_argument(
+        "--tokenizer", required=True, metavar="FOLDER", type=typed_path, help="folder that a tokenizer was saved to"
+    )
     parser.add_argument("--text-key", default="text", metavar="KEY", help="key or column of the text (default: text)")
     parser.add_argument("--separator", metavar="TEXT", help=r"what separates documents in .txt files, such as '\n\n'")
     parser.add_argument(
@@ -41,11 +46,15 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
 
 
 def _run(options: argparse.Namespace) -> None:
-    from tinygpt.data import open_source, tokenize_documents
+    from tinygpt.data import embedded_corpus, open_source, tokenize_documents
     from tinygpt.tokenizer import load_tokenizer
 
     separator = None if options.separator is None else unescaped(options.separator)
-    source = open_source(options.source, text_key=options.text_key, separator=separator, on_error=options.on_error)
+    source: DocumentSource
+    if options.source == "embedded":
+        source = embedded_corpus("train")
+    else:
+        source = open_source(options.source, text_key=options.text_key, separator=separator, on_error=options.on_error)
     bar = None if options.quiet else _ProgressBar(sys.stderr)
     sizes = {} if options.shard_tokens is None else {"shard_tokens": options.shard_tokens}
     try:

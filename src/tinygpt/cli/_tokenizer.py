@@ -3,7 +3,9 @@
 import argparse
 import json
 from collections.abc import Iterator
+from pathlib import Path
 
+from tinygpt.cli._parser import typed_path
 from tinygpt.cli._source import open_text
 
 
@@ -26,11 +28,21 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         epilog="example: tinygpt tokenizer train books/ notes.jsonl --vocab-size 4096 --out my-tokenizer",
     )
     train.add_argument(
-        "texts", metavar="TEXT", nargs="+", help="what tinygpt.data.open_source opens, or embedded for the book"
+        "texts",
+        metavar="TEXT",
+        nargs="+",
+        type=typed_path,
+        help="what tinygpt.data.open_source opens, or embedded for the book",
     )
     train.add_argument("--vocab-size", type=int, required=True, metavar="N", help="token ids, special ones included")
-    train.add_argument("--out", required=True, metavar="FOLDER", help="where to save it; a tokenizer there is replaced")
-    train.add_argument("--validation", metavar="TEXT", help="text to measure on")
+    train.add_argument(
+        "--out",
+        required=True,
+        metavar="FOLDER",
+        type=typed_path,
+        help="where to save it; a tokenizer there is replaced",
+    )
+    train.add_argument("--validation", metavar="TEXT", type=typed_path, help="text to measure on")
     train.add_argument("--text-key", default="text", metavar="KEY", help="key or column of the text (default: text)")
     train.add_argument("--separator", metavar="TEXT", help=r"what separates documents in .txt files, such as '\n\n'")
     train.add_argument("--max-characters", type=int, metavar="N", help="read no more than this")
@@ -40,7 +52,13 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
 
 
 def _train(options: argparse.Namespace) -> None:
+    from tinygpt.errors import ConfigError
     from tinygpt.tokenizer import tokenizer_report, train_bpe
+
+    if any(path.exists() and not path.is_dir() for path in (Path(options.out), *Path(options.out).parents)):
+        raise ConfigError(
+            f"--out {options.out} is or lies in a file, and a tokenizer is a folder; choose another name."
+        )
 
     sources = [open_text(path, options) for path in options.texts]
     held_out = open_text(options.validation, options, embedded="validation") if options.validation else None

@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from tinygpt.cli._parser import typed_path
 from tinygpt.cli._recipe import FIELDS, add_recipe_options, add_resume_options, out_of_memory, recipe_of, train
 
 
@@ -18,11 +19,14 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         epilog="example: tinygpt train --depth 4 --data.train corpus.txt --data.separator '\\n\\n' --out runs/first",
     )
     add_recipe_options(parser)
-    parser.add_argument("--out", metavar="RUN", help="folder of the run (default: runs/ and the recipe's name)")
+    parser.add_argument(
+        "--out", metavar="RUN", type=typed_path, help="folder of the run (default: runs/ and the recipe's name)"
+    )
     parser.add_argument(
         "--from",
         dest="branch_from",
         metavar="CHECKPOINT",
+        type=typed_path,
         help="branch: begin with the whole state of this checkpoint of another run, compared as by resume",
     )
     add_resume_options(parser)

@@ -18,6 +18,7 @@ _TYPED = (
     (r"tasks=\[\.\.\.\]", "--tasks"),
     (r"chat=True", "--chat"),
     (r"choose another out_dir", "choose another folder for --out"),
+    (r"choose another folder with out\.", "choose another folder with --out."),
     (
         r"choose another name, or resume=True to go on with it",
         "choose another --out, or rename the run's folder: its last part is the name",
@@ -29,6 +30,7 @@ _TYPED = (
     (r"overflow='carry', or cut .* for example", "--DATAoverflow carry, or part documents by --DATAseparator"),
     (r"give separator=('[^']*')", r"give --DATAseparator \1"),
     (r"give the separator between its documents, or raise( the limit)?", "part it by --DATAseparator TEXT"),
+    (r"or None for one a core", "or leave it out for one a core"),
     (r"choose a text_key\.", "choose one with --DATAtext-key."),
     (r"validation_fraction=([\d.]+)", r"--DATAheld-out \1"),
     (
@@ -49,6 +51,9 @@ def as_typed(message: str, options: argparse.Namespace | None) -> str:
     data = "data." if hasattr(options, "overrides") else ""
     for said, typed in _TYPED:
         message = re.sub(said, typed.replace("DATA", data), message)
+    if options is not None and hasattr(options, "run_folder"):  # resume, which has no --out
+        again = command("train", options.run_folder, "--out", "NEW")
+        message = message.replace("choose another folder for --out", f"choose another folder, by {again},")
     return message
 
 
@@ -78,7 +83,7 @@ def ways_on(error: "ResumeRefusedError", out: Path, options: argparse.Namespace,
         ways.append(f"keep the settings of the checkpoint: {command('resume', str(out))}")
     if "data" in topics:
         ways.append("keep the data: put its files back as they were, or leave the change of them out")
-    if "optimizer" not in topics:  # which nothing takes over
+    if "optimizer" not in topics and error.fits:  # what nothing takes over
         rest = _accepting(_topics(change for change in error.changes if change not in error.rates))
         if error.rates and steps_left > 0:
             ways.append(
@@ -100,6 +105,15 @@ def _topics(changes: "Iterable[Change]") -> list[str]:
 
 def _accepting(topics: list[str]) -> list[str]:
     return [word for topic in topics for word in ("--accept", topic)]
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether a GPU or this machine had no memory left; torch has a class of its own for GPUs alone."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in str(error)
+    )
 
 
 def command(*words: str) -> str:

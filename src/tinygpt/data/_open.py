@@ -55,6 +55,10 @@ def open_source(
             max_document_bytes=max_document_bytes,
             on_error=on_error,
         )
+    if "://" in str(path):
+        raise DataError(
+            f"{path} is an address; give a file or a folder, downloaded first, or hf://datasets/USER/NAME/PATTERN."
+        )
     path = Path(path)
     require_path(path)
     candidates = path.rglob("*") if path.is_dir() else [path]

@@ -111,6 +111,8 @@ def tokenize_documents(
     """
     if shard_tokens < 1:
         raise ConfigError(f"shard_tokens={shard_tokens} is not positive; choose 1 or more.")
+    if processes is not None and processes < 1:
+        raise ConfigError(f"processes={processes} is not positive; choose 1 or more, or None for one a core.")
     folder = Path(out)
     wanted = _Plan(
         source_fingerprint=source.fingerprint(),
@@ -146,6 +148,8 @@ def _begin(folder: Path, wanted: _Plan, tokenizer: Tokenizer) -> _Plan:
         _refuse_other(folder, wanted, plan.model_dump())
         _check_finished(folder, plan, tokenizer)
     else:
+        if folder.exists() and not folder.is_dir():
+            raise DataError(f"{folder} is a file; choose a new folder.")
         strangers = [] if not folder.exists() else [p.name for p in folder.iterdir() if not p.name.endswith(".tmp")]
         if strangers:
             raise DataError(f"{folder} holds other files ({', '.join(sorted(strangers)[:3])}); choose a new folder.")

@@ -28,7 +28,7 @@ class TaskResults:
         num_items: Items of the task that are asked.
 
     Raises:
-        DataError: If the file is damaged, or was written for another model, bundle or setting.
+        DataError: If the folder is a file, or the task's file is damaged or of another model, bundle or setting.
     """
 
     def __init__(self, folder: Path | None, label: str, key: dict[str, Any], num_items: int) -> None:
@@ -38,6 +38,8 @@ class TaskResults:
         self._written = time.monotonic()
         # A label is any text: only what every file system takes goes into the name, and a hash tells the rest apart.
         name = f"{re.sub(r'[^A-Za-z0-9_-]', '_', label)[:60]}-{hashlib.sha256(label.encode()).hexdigest()[:8]}.json"
+        if folder is not None and folder.exists() and not folder.is_dir():
+            raise DataError(f"{folder} is a file, and results are kept in a folder; choose another name.")
         self._path = None if folder is None else folder / name
         if self._path is not None and self._path.exists():
             self._read(self._path)

@@ -108,8 +108,9 @@ def _keep_first(scaled: Tensor, count: int, top_p: float | None, total: Tensor) 
     enough: bool | Tensor = True
     if top_p is not None:
         weights = values.exp()
-        # A token goes when those before it already reach p, so the first one always stays.
+        # A token goes when those before it already reach p; the first one stays, also if p is 0 in these numbers.
         dropped = weights.cumsum(dim=-1) - weights >= top_p * total
+        dropped[:, 0] = False
         values = values.masked_fill(dropped, float("-inf"))
         enough = dropped[:, -1].all()
     return torch.full_like(scaled, float("-inf")).scatter_(1, order, values), enough

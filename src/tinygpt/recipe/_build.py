@@ -14,6 +14,7 @@ from tinygpt.data import DocumentSource, TokenShards, ValidationSet
 from tinygpt.errors import ConfigError
 from tinygpt.evals import evaluate_bpb
 from tinygpt.generate import stream_text
+from tinygpt.hub import check_repo_id
 from tinygpt.layers import LMHead
 from tinygpt.metrics import StepMetrics
 from tinygpt.model import GPT
@@ -150,6 +151,8 @@ def build_run(recipe: "Recipe", out_dir: Path) -> RecipeRun:
 
 def check_inputs(recipe: "Recipe", out_dir: Path) -> None:
     """Look for what a recipe needs; see `Recipe.check`."""
+    if recipe.push is not None:
+        check_repo_id(recipe.push.repo)
     for name in recipe.trackers:
         check_tracker(name, out_dir.resolve().name)
     data = recipe.data
@@ -217,6 +220,8 @@ def resolve_device(name: str) -> torch.device:
         reason = str(error).partition("\n")[0]
         if reason.startswith("Expected one of"):  # more than twenty names, most of which nobody has
             reason = "it is none that torch knows"
+        elif reason.startswith("Could not run"):  # with all it can run on, in some thousand letters
+            reason = "this torch has no such device"
         raise ConfigError(f"device={name!r} cannot be used: {reason}; give auto, cpu, cuda, cuda:1 or mps.") from None
     return device
 

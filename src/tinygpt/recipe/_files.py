@@ -7,7 +7,7 @@ import runpy
 import tomllib
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Any, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Union, get_args, get_origin
 
 from tinygpt.config import Config
 from tinygpt.errors import ConfigError
@@ -41,7 +41,7 @@ def read_recipe(path: Path, recipe_class: "type[Recipe]") -> dict[str, Any]:
             raise ConfigError(f"{path} is larger than {_MAX_BYTES:,} bytes and cannot be a recipe.")
         if path.suffix == ".py":
             return _from_python(path, recipe_class)
-        text = path.read_bytes().decode("utf-8")
+        text = path.read_bytes().decode("utf-8-sig")  # with the mark that Windows' Notepad begins files with
         fields = json.loads(text) if path.suffix == ".json" else _plain(tomllib.loads(text))
     except OSError as error:
         raise ConfigError(f"the recipe {path} cannot be read: {error.strerror or error}.") from None
@@ -139,8 +139,9 @@ def _annotation(config: type[Config], parts: list[str]) -> Any:
 
 
 def _alternatives(annotation: Any) -> tuple[Any, ...]:
-    """Return the members of a union, or the type alone."""
-    return get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    """Return the members of a union, or the type alone, each without its bounds."""
+    members = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    return tuple(get_args(each)[0] if get_origin(each) is Annotated else each for each in members)
 
 
 def _value(text: str, annotation: Any) -> Any:
@@ -179,7 +180,7 @@ def _jsonable(value: Any) -> Any:
 def _from_python(path: Path, recipe_class: "type[Recipe]") -> dict[str, Any]:
     try:
         found = runpy.run_path(str(path)).get("recipe")
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if isinstance(error, ConfigError):
             raise ConfigError(f"{path}: {error}") from None
         raise ConfigError(f"{path} failed with {type(error).__name__}: {error}") from error

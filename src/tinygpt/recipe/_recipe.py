@@ -155,6 +155,11 @@ class Recipe(Config):
                 f"the phases have {' + '.join(map(str, steps))} = {sum(steps)} steps and num_steps={self.num_steps}; "
                 "change the steps of a phase, phases.0.steps for example, and leave num_steps out."
             )
+        if self.data.seq_len is not None and self.data.seq_len > self.model.max_seq_len:
+            raise ValueError(
+                f"data.seq_len={self.data.seq_len} is longer than model.max_seq_len={self.model.max_seq_len}; "
+                "choose shorter rows, or a model with a longer context."
+            )
         for place, section in [("schedules", self.schedules), *((f"phases.{i}", p) for i, p in enumerate(self.phases))]:
             for name in ("lr", "momentum", "weight_decay"):
                 try:
@@ -341,6 +346,7 @@ class Recipe(Config):
 
         Raises:
             ConfigError: If a mixture has token shards, or the folder's name is none that a tracker takes.
+            HubError: If the repository to push to has no name of one.
             DataError: If a source cannot be opened, its first document not be read, or there is none to measure on.
             MissingDependencyError: If a tracker's package is not installed.
         """

@@ -13,6 +13,7 @@ from tinygpt.schedules import Schedule
 # A bound that no run reaches, so that a slip of the keyboard is refused before anything is computed with it.
 Positive = Annotated[int, Field(ge=1, le=2**53)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Filled = Annotated[str, Field(min_length=1)]  # an empty one is a variable that a shell did not have
 Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 ScheduleKind = Literal[
@@ -123,7 +124,7 @@ class PhaseRecipe(Config):
     lr: ScheduleRecipe | None = None
     momentum: ScheduleRecipe | None = None
     weight_decay: ScheduleRecipe | None = None
-    train: str | None = None
+    train: Filled | None = None
     batch_tokens: Positive | None = None
     accept: list[Literal["schedule"]] = Field(default_factory=list)
 
@@ -143,7 +144,7 @@ class TokenizerRecipe(Config):
         ConfigError: If both a folder and a `vocab_size` are given.
     """
 
-    folder: str | None = None
+    folder: Filled | None = None
     vocab_size: Positive | None = None
     max_characters: Positive = 500_000_000
 
@@ -194,9 +195,9 @@ class DataRecipe(Config):
         ConfigError: If both `train` and `mixture` are given, or a number is out of range.
     """
 
-    train: str | None = None
-    mixture: dict[str, Rate] = Field(default_factory=dict)
-    validation: str | None = None
+    train: Filled | None = None
+    mixture: dict[Filled, Rate] = Field(default_factory=dict)
+    validation: Filled | None = None
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.05
     validation_tokens: Positive | None = 524_288
     text_key: str = "text"

@@ -1,6 +1,7 @@
 """What a server allows."""
 
 import ipaddress
+import re
 from typing import Annotated
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -51,6 +52,15 @@ class ServerConfig(Config):
     max_body_bytes: Annotated[int, Field(ge=1)] = 1 << 20
     timeout_seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 300.0
     grace_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 10.0
+
+    @model_validator(mode="after")
+    def _origins_can_match(self) -> "ServerConfig":
+        for origin in self.allow_origins:
+            if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", origin):
+                raise ValueError(
+                    f"allow_origins has {origin!r}, which no browser sends; write https://example.org, without a path."
+                )
+        return self
 
     @model_validator(mode="after")
     def _key_can_be_sent(self) -> "ServerConfig":

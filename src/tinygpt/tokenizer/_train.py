@@ -7,6 +7,8 @@ from tinygpt.tokenizer._base import BOS_TOKEN, CHAT_TOKENS, TextSource, read_tex
 from tinygpt.tokenizer._bpe import SPLIT_PATTERN, BPETokenizer
 from tinygpt.tokenizer._progress import training_bar
 
+_MAX_VOCAB = 2**24  # of GPTConfig
+
 
 def train_bpe(
     texts: Iterable[str] | TextSource,
@@ -32,7 +34,8 @@ def train_bpe(
 
     Raises:
         MissingDependencyError: If rustbpe is not installed.
-        ConfigError: If `vocab_size` has no room for the bytes and the special tokens.
+        ConfigError: If `vocab_size` has no room for the bytes and the special tokens or is more than a model takes, or
+            `max_characters` is not positive.
         DataError: If the texts are too small for `vocab_size` merges, one is not usable text, or the pattern is not.
 
     References:
@@ -58,6 +61,10 @@ def train_bpe(
             f"vocab_size={vocab_size} has no room for 256 bytes and {len(special_tokens)} special tokens; "
             f"choose {smallest} or more."
         )
+    if vocab_size > _MAX_VOCAB:
+        raise ConfigError(f"vocab_size={vocab_size} is more than a model takes; choose {_MAX_VOCAB:,} or less.")
+    if max_characters is not None and max_characters < 1:
+        raise ConfigError(f"max_characters={max_characters} is not positive; choose 1 or more.")
     # Building the tokenizer with no merges checks the pattern before the long part.
     BPETokenizer({bytes([byte]): byte for byte in range(256)}, pattern=pattern, special_tokens=special_tokens)
     trainer = rustbpe.Tokenizer()

@@ -113,7 +113,8 @@ def load(
         if resumption.begins_phase:
             accept = accept | checked_accept(trainer.phases[resumption.phase].accept)
         if refused := unaccepted(changes, accept):
-            raise refusal(trainer, folder, state, refused)
+            fits = not _misfits(plain_module(trainer.model), weights)
+            raise refusal(trainer, folder, state, refused, fits=fits)
         changes += _compare_weights(plain_module(trainer.model), weights)
         restore_random_state(state["random"])
         resumption.load_loaders(accept)
@@ -137,14 +138,19 @@ def load(
     return changes
 
 
+def _misfits(model: nn.Module, weights: Mapping[str, Tensor]) -> list[str]:
+    """Return the weights that only one side has or that have two shapes."""
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    different = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+    return [f"{name} was {found.get(name)}, is {expected.get(name)}" for name in different]
+
+
 def _compare_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> list[Change]:
     """Refuse weights that do not fit before anything is loaded, and tell of those that are going to be rounded."""
+    if misfits := _misfits(model, weights):
+        raise CheckpointError(f"the checkpoint's weights do not fit the model: {'; '.join(misfits[:8])}")
     own = model.state_dict()
-    expected = {name: tuple(tensor.shape) for name, tensor in own.items()}
-    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    if different := sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)):
-        lines = [f"{name} was {found.get(name)}, is {expected.get(name)}" for name in different[:8]]
-        raise CheckpointError(f"the checkpoint's weights do not fit the model: {'; '.join(lines)}")
     dtypes: dict[tuple[str, str], list[str]] = {}
     for name in own:
         if weights[name].dtype != own[name].dtype:

@@ -22,15 +22,21 @@ class ResumeRefusedError(CheckpointError):
         rates: Those of them that `rewarm_steps` takes over gradually.
         branch_from: The newest checkpoint beside it from which this run's rates do not jump; `None` if there is none,
             or no rate jumps.
+        fits: Whether the checkpoint's weights have the shapes of this run's model; if not, nothing can be accepted.
     """
 
-    def __init__(self, message: str, folder: Path, changes: Sequence[Change], branch_from: Path | None) -> None:
+    def __init__(
+        self, message: str, folder: Path, changes: Sequence[Change], branch_from: Path | None, *, fits: bool = True
+    ) -> None:
         super().__init__(message)
         self.folder, self.changes, self.rates, self.branch_from = folder, tuple(changes), _rates(changes), branch_from
+        self.fits = fits
 
 
-def refusal(trainer: "Trainer", folder: Path, state: Mapping[str, Any], refused: list[Change]) -> ResumeRefusedError:
-    """Return the error that refuses these changes."""
+def refusal(
+    trainer: "Trainer", folder: Path, state: Mapping[str, Any], refused: list[Change], *, fits: bool
+) -> ResumeRefusedError:
+    """Return the error that refuses these changes; `fits` tells whether the weights have the model's shapes."""
     topics = sorted({change.topic for change in refused})
     rates_jump = bool(_rates(refused))
     earlier = _before_the_jump(trainer, folder, int(state["next_step"])) if rates_jump else None
@@ -45,11 +51,11 @@ def refusal(trainer: "Trainer", folder: Path, state: Mapping[str, Any], refused:
         ways.append(
             "keep the optimizer: its moments belong to those parameters, so build the groups of the checkpoint."
         )
-    else:
+    elif fits:
         ways.append(f"accept it knowingly: accept={topics}.")
     lines = "\n".join(f"  - {way}" for way in ways)
     message = f"this run would go on differently from {folder}:\n{format_changes(refused)}\nWays to go on:\n{lines}"
-    return ResumeRefusedError(message, folder, refused, earlier)
+    return ResumeRefusedError(message, folder, refused, earlier, fits=fits)
 
 
 def _rates(changes: Sequence[Change]) -> tuple[Change, ...]:
