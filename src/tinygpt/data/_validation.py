@@ -3,7 +3,7 @@
 import hashlib
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -165,9 +165,10 @@ class ValidationSet:
                 f"{os.fspath(path)} is damaged: its tokens have the hash {found['hash'][:12]} and it was saved with "
                 f"{metadata.get('hash', 'none')[:12]}; copy it again."
             )
-        batch_rows = int(metadata["batch_rows"]) if rows is None else rows
+        batch_rows = _saved_number(path, metadata, "batch_rows", least=1)
+        bos_token_id = _saved_number(path, metadata, "bos_token_id", least=0, most=len(token_bytes) - 1)
         num_bytes = _count_bytes(token_rows, token_bytes)
-        return cls(token_rows, batch_rows, int(metadata["bos_token_id"]), token_bytes, num_bytes)
+        return cls(token_rows, rows or batch_rows, bos_token_id, token_bytes, num_bytes)
 
     @property
     def num_tokens(self) -> int:
@@ -198,6 +199,16 @@ def _first_tokens(documents: Iterator[Sequence[int]], max_tokens: int) -> Iterat
         left -= len(tokens)
         if left <= 0:
             return
+
+
+def _saved_number(
+    path: str | os.PathLike[str], metadata: Mapping[str, str], name: str, *, least: int, most: int = 2**31
+) -> int:
+    """Return a number that `save` wrote beside the tokens, whose hash does not vouch for it."""
+    text = metadata.get(name, "")
+    if not (text.isascii() and text.isdigit() and len(text) < 12 and least <= int(text) <= most):
+        raise DataError(f"{os.fspath(path)} is damaged: its {name} is {text[:40]!r}; copy it again.")
+    return int(text)
 
 
 def _count_bytes(token_rows: Tensor, token_bytes: Tensor) -> int:
