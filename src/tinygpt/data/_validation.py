@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tinygpt._numbers import check_whole, given
 from tinygpt.data._batch import IGNORE_INDEX, Batch
 from tinygpt.data._documents import DocumentSource
 from tinygpt.data._packing import pack_rows
@@ -75,6 +76,7 @@ class ValidationSet:
             validation = ValidationSet.from_source(embedded_corpus("validation"), ByteTokenizer(), rows=8, seq_len=256)
             ```
         """
+        check_whole(rows=rows, seq_len=seq_len, **given(max_tokens=max_tokens))
         for name, value in (("rows", rows), ("seq_len", seq_len), ("max_tokens", max_tokens)):
             if value is not None and value < 1:
                 raise ConfigError(f"{name}={value} is not positive; choose 1 or more.")
@@ -146,6 +148,7 @@ class ValidationSet:
         """
         from safetensors import SafetensorError, safe_open
 
+        check_whole(**given(rows=rows))
         if rows is not None and rows < 1:
             raise ConfigError(f"rows={rows} is not positive; choose 1 or more.")
         try:

@@ -344,6 +344,9 @@ class GPT(PretrainedFiles):
         return "matrices" if parameter.ndim >= 2 and not name.startswith("smear.") else "scalars"
 
     def _check_token_ids(self, token_ids: Tensor) -> None:
+        if not isinstance(token_ids, Tensor):
+            kind = type(token_ids).__name__
+            raise ConfigError(f"token ids are a {kind}, not a tensor (batch, seq); give torch.tensor([ids]).")
         if token_ids.ndim != 2 or token_ids.dtype not in (torch.int64, torch.int32):
             raise ConfigError(
                 f"token ids must be integers of shape (batch, seq), got {token_ids.dtype} of {tuple(token_ids.shape)}."
