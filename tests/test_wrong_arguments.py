@@ -23,7 +23,7 @@ from tinygpt.data import (
 )
 from tinygpt.errors import ConfigError, DataError
 from tinygpt.evals import evaluate_bpb
-from tinygpt.layers import LayerCache, Linear, LMHead, RotaryEmbedding
+from tinygpt.layers import LayerCache, Linear, LMHead, RotaryEmbedding, causal_attention
 from tinygpt.optim import MuonAdamW, nanochat_rules, param_groups
 from tinygpt.tokenizer import BPETokenizer, ByteTokenizer, train_bpe
 from tinygpt.trainer import Phase, every
@@ -117,6 +117,24 @@ def test_token_ids_and_targets_that_are_no_tensors_are_refused() -> None:
         model([[1, 2, 3]])
     with pytest.raises(ConfigError, match=r"a loss needs two tensors.*got Tensor and list"):
         model.loss(torch.zeros(1, 2, dtype=torch.int64), [[1, 2]])  # type: ignore[arg-type]
+
+
+def test_a_cache_of_another_depth_is_refused() -> None:
+    model, deeper = GPT.from_config(CONFIG), GPT.from_config(CONFIG.replace(num_layers=2))
+    with pytest.raises(ConfigError, match="got a cache of 2 layers for 1 blocks; make it with new_cache"):
+        model(torch.zeros(1, 2, dtype=torch.int64), cache=deeper.new_cache(1))
+
+
+@pytest.mark.parametrize("part", ["mlp", "attention", "block"])
+def test_a_part_that_is_named_instead_of_built_is_refused(part: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{part}='swiglu' builds no part; give a function of \(config, layer\)"):
+        GPT.from_config(CONFIG, **{part: "swiglu"})  # type: ignore[arg-type]
+
+
+def test_attention_without_an_axis_of_heads_is_refused() -> None:
+    x = torch.randn(2, 4, 8)
+    with pytest.raises(ConfigError, match=r"takes \(batch, heads, seq, head_dim\) three times, got \(2, 4, 8\)"):
+        causal_attention(x, x, x)
 
 
 def test_an_optimizer_made_of_parameters_instead_of_the_model_is_refused() -> None:
