@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,14 @@ def test_a_line_cut_off_by_a_crash_is_left_out_and_other_damage_is_said(tmp_path
     with pytest.raises(DataError, match="line 1 is not a JSON object"):
         read_metrics(path)
     assert read_metrics(tmp_path / "none.jsonl") == []
+
+
+@pytest.mark.parametrize("step", [None, "7", 1.5, [0]])
+def test_a_line_whose_step_is_no_whole_number_is_refused_by_number(tmp_path: Path, step: object) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"event": "run"}\n' + json.dumps({"event": "step", "step": step}) + "\n")
+    with pytest.raises(DataError, match=r"line 2 has step=.*steps are whole numbers"):
+        MetricsFile(path, next_step=1)
 
 
 def test_numbers_that_json_does_not_know_become_null(tmp_path: Path) -> None:

@@ -162,6 +162,11 @@ def _records(path: Path) -> Iterator[dict[str, Any]]:
                 ) from None
             if not isinstance(record, dict):
                 raise DataError(f"{path} line {number} is not a JSON object; it is not a metrics file.")
+            if type(record.get("step", -1)) is not int:
+                raise DataError(
+                    f"{path} line {number} has step={record['step']!r}; steps are whole numbers: remove that line, or "
+                    "move the file away."
+                )
             yield record
 
 

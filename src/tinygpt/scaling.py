@@ -7,6 +7,7 @@ Everything is scaled from one reference that was tuned by hand: 12 layers of wid
 import math
 from dataclasses import dataclass
 
+from tinygpt._numbers import check_real, check_whole, given
 from tinygpt.errors import ConfigError
 
 __all__ = [
@@ -86,7 +87,9 @@ def from_depth(
         plan = from_depth(12, batch_tokens=65_536)
         ```
     """
-    if tokens_per_parameter <= 0:
+    check_real(tokens_per_parameter=tokens_per_parameter)
+    check_whole(**given(batch_tokens=batch_tokens))
+    if not 0 < tokens_per_parameter < math.inf:
         raise ConfigError(f"tokens_per_parameter={tokens_per_parameter} must be positive.")
     if batch_tokens is not None and batch_tokens < 1:
         raise ConfigError(f"batch_tokens={batch_tokens} must be at least 1; None lets the rules choose.")
@@ -121,6 +124,7 @@ def scaling_parameters(depth: int, *, vocab_size: int = 32_768) -> int:
     Raises:
         ConfigError: If an argument is not positive.
     """
+    check_whole(depth=depth, vocab_size=vocab_size)
     if depth < 1 or vocab_size < 1:
         raise ConfigError(f"depth={depth} and vocab_size={vocab_size} must be at least 1.")
     dim = _dim(depth)
@@ -163,7 +167,8 @@ def lr_factor(batch_tokens: float) -> float:
         Algorithms](https://arxiv.org/abs/2205.10287), 2022. It is derived for Adam; for Muon it is an assumption
         that works.
     """
-    if batch_tokens <= 0:
+    check_real(batch_tokens=batch_tokens)
+    if not 0 < batch_tokens < math.inf:
         raise ConfigError(f"batch_tokens={batch_tokens} must be positive.")
     return math.sqrt(batch_tokens / REFERENCE_BATCH_TOKENS)
 
@@ -196,7 +201,8 @@ def _dim(depth: int) -> int:
 
 
 def _check_horizons(horizon_tokens: float, reference_horizon_tokens: float) -> None:
-    if horizon_tokens <= 0 or reference_horizon_tokens <= 0:
+    check_real(horizon_tokens=horizon_tokens, reference_horizon_tokens=reference_horizon_tokens)
+    if not (0 < horizon_tokens < math.inf and 0 < reference_horizon_tokens < math.inf):
         raise ConfigError(
             f"horizon_tokens={horizon_tokens} and reference_horizon_tokens={reference_horizon_tokens} must be positive."
         )

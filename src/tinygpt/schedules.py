@@ -11,6 +11,7 @@ from inspect import Parameter, signature
 from itertools import pairwise
 from typing import Literal, ParamSpec
 
+from tinygpt._numbers import check_real, given
 from tinygpt.errors import ConfigError
 
 __all__ = [
@@ -37,6 +38,7 @@ class _DescribedSchedule:
         self._function = function
 
     def __call__(self, step: int) -> float:
+        check_real(step=step)
         if step < 0:
             raise ConfigError(f"step={step} is not possible; steps count from 0.")
         return self._function(step)
@@ -66,6 +68,7 @@ def _described(build: Callable[_Params, Schedule]) -> Callable[_Params, Schedule
 @_described
 def constant(value: float = 1.0) -> Schedule:
     """Return `value` at every step."""
+    check_real(value=value)
     return lambda step: value
 
 
@@ -81,6 +84,7 @@ def linear_warmup(warmup_steps: int, *, peak: float = 1.0) -> Schedule:
     Raises:
         ConfigError: If `warmup_steps` is not positive.
     """
+    check_real(warmup_steps=warmup_steps, peak=peak)
     _check_positive("warmup_steps", warmup_steps)
     return lambda step: peak * min(1.0, (step + 1) / warmup_steps)
 
@@ -121,6 +125,8 @@ def warmup_stable_decay(
         lr = warmup_stable_decay(87_000, warmup_steps=40, decay_fraction=0.65, final=0.05)
         ```
     """
+    check_real(total_steps=total_steps, warmup_steps=warmup_steps, final=final)
+    check_real(**given(decay_fraction=decay_fraction, decay_steps=decay_steps))
     _check_positive("total_steps", total_steps)
     _check_within("warmup_steps", warmup_steps, total_steps, total_steps)
     if (decay_fraction is None) == (decay_steps is None):
@@ -164,6 +170,7 @@ def cosine(total_steps: int, *, warmup_steps: int = 0, final: float = 0.0) -> Sc
     References:
         Loshchilov and Hutter, [SGDR](https://arxiv.org/abs/1608.03983), 2016, without restarts.
     """
+    check_real(total_steps=total_steps, warmup_steps=warmup_steps, final=final)
     _check_positive("total_steps", total_steps)
     _check_within("warmup_steps", warmup_steps, total_steps - 1, total_steps)
 
@@ -193,6 +200,10 @@ def join(*parts: tuple[int, Schedule], restart: bool = True) -> Schedule:
         lr = join((0, linear_warmup(100)), (100, cosine(900)))
         ```
     """
+    for part in parts:
+        if not (isinstance(part, tuple) and len(part) == 2 and callable(part[1])):
+            raise ConfigError(f"join got {part!r}; a part is a pair of its first step and a schedule.")
+        check_real(start=part[0])
     starts = [start for start, _ in parts]
     if not starts or starts[0] != 0 or any(after <= before for before, after in pairwise(starts)):
         raise ConfigError(f"join got parts that begin at {starts}; they must begin at 0 and increase.")
@@ -230,6 +241,8 @@ def muon_momentum(
     Raises:
         ConfigError: If `total_steps` is not positive, `warmup_steps` negative or `decay_fraction` not within 0 to 1.
     """
+    check_real(total_steps=total_steps, decay_fraction=decay_fraction, warmup_steps=warmup_steps)
+    check_real(start=start, peak=peak, final=final)
     _check_positive("total_steps", total_steps)
     if warmup_steps < 0:
         raise ConfigError(f"warmup_steps={warmup_steps} must not be negative.")
@@ -259,12 +272,13 @@ def cosine_weight_decay(total_steps: int) -> Schedule:
     Raises:
         ConfigError: If `total_steps` is not positive.
     """
+    check_real(total_steps=total_steps)
     _check_positive("total_steps", total_steps)
     return lambda step: 0.5 * (1 + math.cos(math.pi * min(step, total_steps) / total_steps))
 
 
 def _check_positive(name: str, value: int) -> None:
-    if value < 1:
+    if not 1 <= value < math.inf:
         raise ConfigError(f"{name}={value} must be at least 1.")
 
 

@@ -169,3 +169,10 @@ def test_without_pyarrow_the_error_says_what_to_install(tmp_path: Path, monkeypa
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(MissingDependencyError, match=r'pip install "tinygpt\[parquet\]"'):
         _texts(source)
+
+
+def test_a_table_with_two_columns_of_the_name_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "two.parquet"
+    pq.write_table(pa.table([pa.array(["a"]), pa.array(["b"])], names=["text", "text"]), path)
+    with pytest.raises(DataError, match="has several columns 'text'"):
+        list(ParquetFiles(path).read())

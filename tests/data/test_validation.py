@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from tinygpt.data import IGNORE_INDEX, TextDocuments, ValidationSet
@@ -143,4 +144,19 @@ def test_what_is_no_saved_set_is_refused(tmp_path: Path) -> None:
         ValidationSet.load(path)
     save_file({"weight": torch.zeros(3)}, path)
     with pytest.raises(DataError, match="is no validation set of this version"):
+        ValidationSet.load(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("batch_rows", "0"), ("batch_rows", "r"), ("batch_rows", None), ("bos_token_id", "\0"), ("bos_token_id", "257")],
+)
+def test_a_saved_set_whose_numbers_are_damaged_is_refused(tmp_path: Path, name: str, text: str | None) -> None:
+    path = tmp_path / "v"
+    _make().save(path)
+    with safe_open(path, framework="pt") as file:
+        metadata = {**file.metadata(), name: text}
+        tensors = {key: file.get_tensor(key) for key in ("token_rows", "token_bytes")}
+    save_file(tensors, path, {key: value for key, value in metadata.items() if value is not None})
+    with pytest.raises(DataError, match=f"is damaged: its {name} is"):
         ValidationSet.load(path)

@@ -277,7 +277,12 @@ def _find(paths: Paths, suffixes: tuple[str, ...]) -> list[tuple[str, Path]]:
 
 def require_path(path: Path) -> None:
     """Raise `DataError` if there is nothing at a path."""
-    if not path.exists():
+    try:
+        there = path.exists()
+    except OSError as error:  # a text given for a path, most likely
+        shown = str(path)[:60] + ("…" if len(str(path)) > 60 else "")
+        raise DataError(f"{shown!r} is no path: {error.strerror}; wrap texts in TextDocuments([text]).") from None
+    if not there:
         raise DataError(f"{path} does not exist.")
 
 

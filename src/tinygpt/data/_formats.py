@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from io import SEEK_END, BufferedReader
 from typing import Protocol
 
+from tinygpt._numbers import check_whole
 from tinygpt.data._compressed import COMPRESSED, open_content
 from tinygpt.data._documents import Cursor, cursor_number
 from tinygpt.data._faults import Faults
@@ -139,6 +140,7 @@ def checked_limit(max_document_bytes: int) -> int:
     Raises:
         ConfigError: If it is not positive.
     """
+    check_whole(max_document_bytes=max_document_bytes)
     if max_document_bytes < 1:
         raise ConfigError(f"max_document_bytes={max_document_bytes} is not positive; choose 1 or more.")
     return max_document_bytes

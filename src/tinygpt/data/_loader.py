@@ -11,6 +11,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 
+from tinygpt._numbers import check_whole, given
 from tinygpt.data._batch import Batch
 from tinygpt.data._documents import DocumentSource
 from tinygpt.data._packing import Overflow, Packer, Utilization
@@ -105,6 +106,8 @@ class BatchLoader:
             )
         workers = min(8, os.cpu_count() or 1) if num_workers is None else num_workers
         positive = {"rows": rows, "seq_len": seq_len, "shuffle_documents": shuffle_documents, "world_size": world_size}
+        check_whole(**positive, buffer_documents=buffer_documents, rank=rank, num_workers=workers, prefetch=prefetch)
+        check_whole(**given(seed=seed))
         for name, value in positive.items():
             if value < 1:
                 raise ConfigError(f"{name}={value} is not positive; choose 1 or more.")

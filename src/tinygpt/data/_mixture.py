@@ -7,9 +7,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Self
 
+from tinygpt._numbers import check_real
 from tinygpt.data._documents import Cursor, DocumentSource
 from tinygpt.data._faults import Skipped, skipped_of
 from tinygpt.errors import ConfigError, DataError
+
+_PARTS = "give a source and its weight by name, such as {'prose': (source, 0.8)}"
 
 
 @dataclass
@@ -55,6 +58,11 @@ class Mixture:
     def __init__(self, parts: Mapping[str, tuple[DocumentSource, float]], *, seed: int = 0) -> None:
         if not parts:
             raise ConfigError("a mixture of no parts has no documents; give at least one source and its weight.")
+        if not isinstance(parts, Mapping):
+            raise ConfigError(f"a mixture is made of a dict, not of a {type(parts).__name__}; {_PARTS}.")
+        for name, part in parts.items():
+            if not (isinstance(part, tuple | list) and len(part) == 2 and hasattr(part[0], "read")):
+                raise ConfigError(f"the part {name!r} of a mixture is no source with a weight; {_PARTS}.")
         self._sources = {name: source for name, (source, _) in parts.items()}
         self._seed = seed
         # Weights of earlier phases first, the present ones last.
@@ -156,11 +164,14 @@ class Mixture:
 
 def _checked(weights: Mapping[str, float], sources: Mapping[str, DocumentSource]) -> dict[str, float]:
     """Return weights that can be used, one for each source."""
+    if not isinstance(weights, Mapping):
+        raise ConfigError(f"weights are a {type(weights).__name__}; give a dict of a number by name.")
     if set(weights) != set(sources):
         raise ConfigError(
             f"weights are for {sorted(weights)} and the sources are {sorted(sources)}; give one for each."
         )
     for name, weight in weights.items():
+        check_real(**{f"the weight of {name!r}": weight})
         if not (math.isfinite(weight) and weight >= 0):
             raise ConfigError(f"the weight {weight} of {name!r} is not a share; choose 0 or a positive number.")
     if not any(weights.values()):

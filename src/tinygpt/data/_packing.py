@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from tinygpt._numbers import check_whole
 from tinygpt.data._batch import IGNORE_INDEX
 from tinygpt.errors import ConfigError
 
@@ -117,6 +118,7 @@ class Packer:
         buffer_documents: int = 1000,
         overflow: Overflow = "crop",
     ) -> None:
+        check_whole(row_tokens=row_tokens, bos_token_id=bos_token_id, buffer_documents=buffer_documents)
         if row_tokens < 2:
             raise ConfigError(f"row_tokens={row_tokens} has no room for <|bos|> and a token; choose 2 or more.")
         if buffer_documents < 1:

@@ -61,6 +61,10 @@ class ParquetFormat:
             message = f"{name} has no column {self._column!r}; its columns are {schema.names}; choose a text_key."
             faults.note(name, WHOLE_FILE, f"no column {self._column!r}", message)
             return False
+        if schema.names.count(self._column) > 1:
+            message = f"{name} has several columns {self._column!r}; write it again with one, or choose a text_key."
+            faults.note(name, WHOLE_FILE, f"several columns {self._column!r}", message)
+            return False
         kind = schema.field(self._column).type
         value = kind.value_type if types.is_dictionary(kind) else kind
         if not (types.is_string(value) or types.is_large_string(value) or types.is_string_view(value)):

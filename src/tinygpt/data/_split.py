@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
+from tinygpt._numbers import check_real, check_whole
 from tinygpt.data._documents import Cursor, DocumentSource
 from tinygpt.data._faults import Skipped, skipped_of
 from tinygpt.errors import ConfigError, DataError
@@ -44,6 +45,8 @@ def hash_split(
         training, validation = hash_split(source, validation_fraction=0.05)
         ```
     """
+    check_real(validation_fraction=validation_fraction)
+    check_whole(seed=seed)
     if not 0 < validation_fraction < 1:
         raise ConfigError(f"validation_fraction={validation_fraction} is not a share; choose above 0 and below 1.")
     training, validation = (

@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from tinygpt._numbers import check_whole
 from tinygpt.config import Config
 from tinygpt.data._documents import Cursor, DocumentSource
 from tinygpt.data._shards import (
@@ -109,6 +110,7 @@ def tokenize_documents(
         len(shards), shards.num_tokens  # (124, 1105943)
         ```
     """
+    check_whole(shard_tokens=shard_tokens)
     if shard_tokens < 1:
         raise ConfigError(f"shard_tokens={shard_tokens} is not positive; choose 1 or more.")
     if processes is not None and processes < 1:

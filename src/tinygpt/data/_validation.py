@@ -3,7 +3,7 @@
 import hashlib
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tinygpt._numbers import check_whole, given
 from tinygpt.data._batch import IGNORE_INDEX, Batch
 from tinygpt.data._documents import DocumentSource
 from tinygpt.data._packing import pack_rows
@@ -75,6 +76,7 @@ class ValidationSet:
             validation = ValidationSet.from_source(embedded_corpus("validation"), ByteTokenizer(), rows=8, seq_len=256)
             ```
         """
+        check_whole(rows=rows, seq_len=seq_len, **given(max_tokens=max_tokens))
         for name, value in (("rows", rows), ("seq_len", seq_len), ("max_tokens", max_tokens)):
             if value is not None and value < 1:
                 raise ConfigError(f"{name}={value} is not positive; choose 1 or more.")
@@ -146,6 +148,7 @@ class ValidationSet:
         """
         from safetensors import SafetensorError, safe_open
 
+        check_whole(**given(rows=rows))
         if rows is not None and rows < 1:
             raise ConfigError(f"rows={rows} is not positive; choose 1 or more.")
         try:
@@ -165,9 +168,10 @@ class ValidationSet:
                 f"{os.fspath(path)} is damaged: its tokens have the hash {found['hash'][:12]} and it was saved with "
                 f"{metadata.get('hash', 'none')[:12]}; copy it again."
             )
-        batch_rows = int(metadata["batch_rows"]) if rows is None else rows
+        batch_rows = _saved_number(path, metadata, "batch_rows", least=1)
+        bos_token_id = _saved_number(path, metadata, "bos_token_id", least=0, most=len(token_bytes) - 1)
         num_bytes = _count_bytes(token_rows, token_bytes)
-        return cls(token_rows, batch_rows, int(metadata["bos_token_id"]), token_bytes, num_bytes)
+        return cls(token_rows, rows or batch_rows, bos_token_id, token_bytes, num_bytes)
 
     @property
     def num_tokens(self) -> int:
@@ -198,6 +202,16 @@ def _first_tokens(documents: Iterator[Sequence[int]], max_tokens: int) -> Iterat
         left -= len(tokens)
         if left <= 0:
             return
+
+
+def _saved_number(
+    path: str | os.PathLike[str], metadata: Mapping[str, str], name: str, *, least: int, most: int = 2**31
+) -> int:
+    """Return a number that `save` wrote beside the tokens, whose hash does not vouch for it."""
+    text = metadata.get(name, "")
+    if not (text.isascii() and text.isdigit() and len(text) < 12 and least <= int(text) <= most):
+        raise DataError(f"{os.fspath(path)} is damaged: its {name} is {text[:40]!r}; copy it again.")
+    return int(text)
 
 
 def _count_bytes(token_rows: Tensor, token_bytes: Tensor) -> int:

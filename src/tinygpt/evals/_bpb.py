@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tinygpt._numbers import check_whole, given
 from tinygpt.data import IGNORE_INDEX, Batch, ValidationSet
 from tinygpt.errors import ConfigError, DataError
 
@@ -75,12 +76,18 @@ def evaluate_bpb(model: nn.Module, validation: ValidationSet, *, micro_batch_row
         The figure with the hash of the set.
 
     Raises:
-        ConfigError: If `micro_batch_rows` is not positive.
+        ConfigError: If `validation` is no such set, or `micro_batch_rows` is not positive.
         DataError: If the set has no text.
 
     References:
         The measure of Gao et al., [The Pile](https://arxiv.org/abs/2101.00027), 2020.
     """
+    if not isinstance(validation, ValidationSet):
+        raise ConfigError(
+            f"bits per byte are measured on a ValidationSet, not on a {type(validation).__name__}; make one with "
+            "ValidationSet.from_source(source, tokenizer, rows=..., seq_len=...)."
+        )
+    check_whole(**given(micro_batch_rows=micro_batch_rows))
     if micro_batch_rows is not None and micro_batch_rows < 1:
         raise ConfigError(f"micro_batch_rows={micro_batch_rows} is no number of rows; choose 1 or more.")
     device = next(model.parameters()).device

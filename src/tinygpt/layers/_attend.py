@@ -43,13 +43,17 @@ def causal_attention(
         `(batch, heads, q_seq, head_dim)`.
 
     Raises:
-        ConfigError: If there are more queries than keys, heads are no multiple of kv_heads, or the window is negative.
+        ConfigError: If a tensor has not four axes, there are more queries than keys, heads are no multiple of kv_heads,
+            or the window is negative.
 
     References:
         Vaswani et al., [Attention Is All You Need](https://arxiv.org/abs/1706.03762), 2017; grouped heads from Ainslie
         et al., [GQA](https://arxiv.org/abs/2305.13245), 2023. The window counts as in FlashAttention: a window of
         `w` lets a query see `w + 1` positions, its own included.
     """
+    if not q.ndim == k.ndim == v.ndim == 4:
+        shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
+        raise ConfigError(f"causal_attention takes (batch, heads, seq, head_dim) three times, got {shapes}.")
     heads, kv_heads, q_seq, seq = q.shape[1], k.shape[1], q.shape[2], k.shape[2]
     if v.shape[:3] != k.shape[:3]:
         raise ConfigError(f"causal_attention got keys {tuple(k.shape)} and values {tuple(v.shape)}, which do not fit.")

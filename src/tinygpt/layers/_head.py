@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from tinygpt._numbers import check_real, check_whole, given
 from tinygpt.errors import ConfigError
 from tinygpt.layers._linear import Linear
 
@@ -60,6 +61,9 @@ class LMHead(Linear):
         ignore_index: int = -1,
         std: float = 0.001,
     ) -> None:
+        check_whole(dim=dim, vocab_size=vocab_size)
+        check_whole(**given(padded_vocab_size=padded_vocab_size, chunk_tokens=chunk_tokens))
+        check_real(**given(soft_cap=soft_cap))
         rows = vocab_size if padded_vocab_size is None else padded_vocab_size
         if vocab_size < 1 or rows < vocab_size:
             raise ConfigError(f"LMHead needs 1 <= vocab_size <= padded_vocab_size, got {vocab_size} and {rows}.")
@@ -127,6 +131,9 @@ class LMHead(Linear):
         return self.chunk_tokens or max(1, elements // self.vocab_size)
 
     def _check(self, x: Tensor, targets: Tensor) -> None:
+        if not (isinstance(x, Tensor) and isinstance(targets, Tensor)):
+            kinds = f"{type(x).__name__} and {type(targets).__name__}"
+            raise ConfigError(f"a loss needs two tensors, (batch, seq, dim) and (batch, seq); got {kinds}.")
         if x.shape[:-1] != targets.shape:
             raise ConfigError(f"hidden states {tuple(x.shape)} do not fit targets {tuple(targets.shape)}.")
         if targets.dtype != torch.int64:

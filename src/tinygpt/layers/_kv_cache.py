@@ -5,6 +5,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from tinygpt._numbers import check_whole, given
 from tinygpt.errors import ConfigError
 from tinygpt.layers._attend import causal_attention
 from tinygpt.layers._rotary import RotaryEmbedding
@@ -40,6 +41,8 @@ class LayerCache:
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        check_whole(batch=batch, num_kv_heads=num_kv_heads, max_seq_len=max_seq_len, head_dim=head_dim)
+        check_whole(**given(window_tokens=window_tokens))
         if min(batch, num_kv_heads, max_seq_len, head_dim) < 1:
             raise ConfigError(
                 f"a cache needs positive sizes, got {batch=}, {num_kv_heads=}, {max_seq_len=}, {head_dim=}."

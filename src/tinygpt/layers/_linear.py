@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tinygpt._numbers import check_whole
 from tinygpt.errors import ConfigError
 from tinygpt.layers._autocast import computed_dtype
 from tinygpt.layers._kept import takes_own_backward
@@ -42,6 +43,7 @@ class Linear(nn.Linear):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        check_whole(in_features=in_features, out_features=out_features)
         if in_features < 1 or out_features < 1:
             raise ConfigError(f"Linear needs positive widths, got in_features={in_features}, {out_features=}.")
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)

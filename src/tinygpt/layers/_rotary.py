@@ -6,6 +6,7 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor, nn
 
+from tinygpt._numbers import check_real, check_whole
 from tinygpt.errors import ConfigError
 from tinygpt.layers._kept import takes_own_backward
 
@@ -34,6 +35,8 @@ class RotaryEmbedding(nn.Module):
 
     def __init__(self, head_dim: int, max_seq_len: int, *, base: float = 100_000.0, clockwise: bool = True) -> None:
         super().__init__()
+        check_whole(head_dim=head_dim, max_seq_len=max_seq_len)
+        check_real(base=base)
         if head_dim < 2 or head_dim % 2:
             raise ConfigError(f"RotaryEmbedding needs an even, positive head_dim, got {head_dim}.")
         if max_seq_len < 1 or not 0 < base < float("inf"):

@@ -4,6 +4,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
+from tinygpt._numbers import check_whole
 from tinygpt.config import Config
 from tinygpt.errors import ConfigError
 
@@ -112,6 +113,7 @@ class GPTConfig(Config):
         Raises:
             ConfigError: If a number is not positive or a field is wrong.
         """
+        check_whole(depth=depth, head_dim=head_dim, width_per_layer=width_per_layer)
         if depth < 1 or head_dim < 1 or width_per_layer < 1:
             raise ConfigError(f"from_depth needs positive numbers, got {depth=}, {head_dim=}, {width_per_layer=}.")
         num_heads = -(-depth * width_per_layer // head_dim)

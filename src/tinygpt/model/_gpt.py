@@ -96,7 +96,7 @@ class GPT(PretrainedFiles):
             block: Builds the whole of block `i`: `f(x, *, x0, token_ids, cache=None) -> x`; not together with the two.
 
         Raises:
-            ConfigError: If `block` is given together with `mlp` or `attention`.
+            ConfigError: If `block` is given together with `mlp` or `attention`, or one of them cannot be called.
 
         Example:
             ```python
@@ -111,6 +111,9 @@ class GPT(PretrainedFiles):
             raise ConfigError(f"from_config needs a GPTConfig, not {config!r}; try GPTConfig.from_depth(12).")
         if block is not None and (mlp is not None or attention is not None):
             raise ConfigError("give either block, which builds the whole block, or mlp and attention, not both.")
+        for name, factory in (("mlp", mlp), ("attention", attention), ("block", block)):
+            if factory is not None and not callable(factory):
+                raise ConfigError(f"{name}={factory!r} builds no part; give a function of (config, layer), or None.")
         # Parts are made in the order in which init_weights visits them, so both draw the same weights from one seed.
         embedding = TokenEmbedding(config.padded_vocab_size, config.dim)
         smear = Smear(config.dim, gate_channels=min(24, config.dim)) if config.smear else None
@@ -156,6 +159,10 @@ class GPT(PretrainedFiles):
     def hidden_states(self, token_ids: Tensor, *, cache: KVCache | None = None) -> Tensor:
         """Return what enters the head: `(batch, seq)` -> `(batch, seq, dim)`; arguments as in `forward`."""
         self._check_token_ids(token_ids)
+        if cache is not None and len(cache.layers) != len(self.blocks):
+            raise ConfigError(
+                f"got a cache of {len(cache.layers)} layers for {len(self.blocks)} blocks; make it with new_cache."
+            )
         if cache is not None and token_ids.shape[1] > cache.free:
             # Before anything is written into it, so that a refused call leaves the cache as it was.
             raise ConfigError(
@@ -344,6 +351,9 @@ class GPT(PretrainedFiles):
         return "matrices" if parameter.ndim >= 2 and not name.startswith("smear.") else "scalars"
 
     def _check_token_ids(self, token_ids: Tensor) -> None:
+        if not isinstance(token_ids, Tensor):
+            kind = type(token_ids).__name__
+            raise ConfigError(f"token ids are a {kind}, not a tensor (batch, seq); give torch.tensor([ids]).")
         if token_ids.ndim != 2 or token_ids.dtype not in (torch.int64, torch.int32):
             raise ConfigError(
                 f"token ids must be integers of shape (batch, seq), got {token_ids.dtype} of {tuple(token_ids.shape)}."

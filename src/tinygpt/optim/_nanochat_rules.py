@@ -2,6 +2,7 @@
 
 from typing import Any, Literal
 
+from tinygpt._numbers import check_real
 from tinygpt.errors import ConfigError
 from tinygpt.optim._param_groups import Rule
 
@@ -60,6 +61,15 @@ def nanochat_rules(
         optimizer = MuonAdamW(param_groups(model, nanochat_rules(model_dim=768)))
         ```
     """
+    check_real(
+        model_dim=model_dim,
+        batch_lr_scale=batch_lr_scale,
+        matrix_lr=matrix_lr,
+        embedding_lr=embedding_lr,
+        unembedding_lr=unembedding_lr,
+        scalar_lr=scalar_lr,
+        weight_decay=weight_decay,
+    )
     if model_dim <= 0:
         raise ConfigError(f"model_dim={model_dim} must be positive.")
     if table_first_moment not in ("float32", "bfloat16"):

@@ -103,6 +103,10 @@ def param_groups(model: nn.Module, rules: Sequence[Rule]) -> list[dict[str, Any]
 
 def plain_model(model: nn.Module) -> nn.Module:
     """Return the module inside what `torch.compile(model)` returned, so that names are the same with and without."""
+    if not isinstance(model, nn.Module):
+        raise ConfigError(
+            f"model is a {type(model).__name__}, not a module; give the model itself, not its parameters."
+        )
     return getattr(model, "_orig_mod", model)
 
 

@@ -107,6 +107,16 @@ def utf8(text: str) -> bytes:
         ) from None
 
 
+def check_texts(texts: object) -> None:
+    """Refuse a single text where a list of texts is wanted: it would be read letter by letter.
+
+    Raises:
+        DataError: If it is a str.
+    """
+    if isinstance(texts, str):
+        raise DataError("texts is one str and would be read letter by letter; give a list: [text].")
+
+
 def refuse_ids(token_ids: Sequence[int], vocab_size: int) -> DataError:
     """Return the error for ids of which at least one is outside the vocabulary."""
     bad = next((token_id for token_id in token_ids if not 0 <= token_id < vocab_size), None)

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from tinygpt.errors import DataError
-from tinygpt.tokenizer._base import BOS_TOKEN, CHAT_TOKENS, refuse_ids, utf8
+from tinygpt.errors import ConfigError, DataError
+from tinygpt.tokenizer._base import BOS_TOKEN, CHAT_TOKENS, check_texts, refuse_ids, utf8
 from tinygpt.tokenizer._files import format_ranks, write_tokenizer
 
 SPLIT_PATTERN = (
@@ -55,6 +55,8 @@ class BPETokenizer:
     ) -> None:
         import tiktoken  # here, because most of the library needs no tokenizer
 
+        if not isinstance(pattern, str):
+            raise ConfigError(f"pattern={pattern!r} is no regular expression; give a str such as SPLIT_PATTERN.")
         if sorted(ranks.values()) != list(range(len(ranks))):
             raise DataError(f"the {len(ranks)} ranks must be 0 to {len(ranks) - 1}, each once.")
         absent = [byte for byte in range(256) if bytes([byte]) not in ranks]
@@ -71,7 +73,15 @@ class BPETokenizer:
             )
         except ValueError as error:
             raise DataError(f"the split pattern is not a valid regular expression: {error}") from None
-        kept = self._encoding.decode_bytes(self._encoding.encode_ordinary(_PROBE))
+        try:
+            kept = self._encoding.decode_bytes(self._encoding.encode_ordinary(_PROBE))
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":  # of tiktoken's Rust, which is no Exception
+                raise
+            raise DataError(
+                f"the split pattern {pattern!r} can match nothing at all, which ends tiktoken in a panic; let each "
+                "alternative match at least one character: + instead of *."
+            ) from None
         if kept != _PROBE.encode():
             raise DataError(
                 f"the split pattern {pattern!r} does not match every character, and what it does not match would be "
@@ -123,6 +133,7 @@ class BPETokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Return `encode` of every text, on as many threads as there are cores, at most 8."""
+        check_texts(texts)
         for text in texts:
             utf8(text)
         return self._encoding.encode_ordinary_batch(list(texts), num_threads=min(8, os.cpu_count() or 1))

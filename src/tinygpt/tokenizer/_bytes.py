@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from tinygpt.tokenizer._base import BOS_TOKEN, refuse_ids, utf8
+from tinygpt.tokenizer._base import BOS_TOKEN, check_texts, refuse_ids, utf8
 from tinygpt.tokenizer._files import write_tokenizer
 
 _BOS_ID = 256
@@ -65,6 +65,7 @@ class ByteTokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Return `encode` of every text."""
+        check_texts(texts)
         return [self.encode(text) for text in texts]
 
     def decode(self, token_ids: Sequence[int]) -> str:

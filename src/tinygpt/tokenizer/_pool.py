@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from tinygpt._numbers import check_whole
 from tinygpt.errors import ConfigError, DataError
 from tinygpt.tokenizer._base import Tokenizer
 from tinygpt.tokenizer._load import load_tokenizer
@@ -62,6 +63,7 @@ class EncoderPool:
 
     def __init__(self, folder: str | os.PathLike[str], *, processes: int | None = None) -> None:
         processes = (os.cpu_count() or 1) if processes is None else processes
+        check_whole(processes=processes)
         if processes < 1:
             raise ConfigError(f"processes={processes} is not positive; choose 1 or more, or None for one a core.")
         self._tokenizer = load_tokenizer(folder)

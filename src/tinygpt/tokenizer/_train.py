@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 
+from tinygpt._numbers import check_whole, given
 from tinygpt.errors import ConfigError, DataError, MissingDependencyError
 from tinygpt.tokenizer._base import BOS_TOKEN, CHAT_TOKENS, TextSource, read_texts, utf8
 from tinygpt.tokenizer._bpe import SPLIT_PATTERN, BPETokenizer
@@ -56,6 +57,7 @@ def train_bpe(
         raise MissingDependencyError('training a tokenizer needs rustbpe: pip install "tinygpt[tokenizer]".') from None
     special_tokens = (BOS_TOKEN, *CHAT_TOKENS)
     smallest = 256 + len(special_tokens)
+    check_whole(vocab_size=vocab_size, **given(max_characters=max_characters))
     if vocab_size < smallest:
         raise ConfigError(
             f"vocab_size={vocab_size} has no room for 256 bytes and {len(special_tokens)} special tokens; "

@@ -1,7 +1,7 @@
 """Checking what a Trainer is made of, where a mistake can still be named."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,8 @@ def check_arguments(
     loader: Any,
     config: Any,
     tokenizer: Tokenizer | None,
+    loss_fn: Any = None,
+    on_save: Any = None,
     phases: Any = None,
     schedules: Any = None,
 ) -> None:
@@ -39,10 +41,21 @@ def check_arguments(
                 f"Trainer needs model, optimizer, loader and config in this order; {name} is a {type(value).__name__}, "
                 f"not a {kind.__name__}."
             )
-    if not hasattr(loader, "__iter__"):
+    if not hasattr(loader, "__iter__") or isinstance(loader, str):
         raise ConfigError(f"loader is a {type(loader).__name__}; give a BatchLoader or another iterable of Batch.")
     if config.save_every is not None and config.out_dir is None:
         raise ConfigError("save_every needs an out_dir to save into.")
+    for name, value in (("loss_fn", loss_fn), ("on_save", on_save)):
+        if value is not None and not callable(value):
+            raise ConfigError(f"{name} is a {type(value).__name__}, which cannot be called; give a function.")
+    if tokenizer is not None and (isinstance(tokenizer, type) or not hasattr(tokenizer, "vocab_size")):
+        raise ConfigError(
+            f"tokenizer is {tokenizer!r}; give a tokenizer such as ByteTokenizer() or load_tokenizer(folder)."
+        )
+    if schedules is not None and not isinstance(schedules, Mapping):
+        raise ConfigError(
+            f"schedules is a {type(schedules).__name__}; give a dict by option, such as {{'lr': constant()}}."
+        )
     _check_parameters(model, optimizer)
     if phases is not None and schedules is not None:
         raise ConfigError("phases bring their own schedules; give either phases or schedules.")

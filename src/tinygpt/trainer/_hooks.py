@@ -1,8 +1,9 @@
 """What a user wants done along the way."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from tinygpt._numbers import check_whole
 from tinygpt.errors import ConfigError
 from tinygpt.metrics import StepMetrics
 
@@ -24,6 +25,9 @@ def every(num_steps: int, function: Hook, *, at_end: bool = True) -> Hook:
     Raises:
         ConfigError: If the interval is not positive.
     """
+    check_whole(num_steps=num_steps)
+    if not callable(function):
+        raise ConfigError(f"every calls a function, not a {type(function).__name__}; give one of (trainer, step).")
     if num_steps < 1:
         raise ConfigError(f"every needs a positive number of steps, got {num_steps}.")
 
@@ -33,3 +37,16 @@ def every(num_steps: int, function: Hook, *, at_end: bool = True) -> Hook:
             function(trainer, step)
 
     return hook
+
+
+def checked_hooks(hooks: Sequence[Hook] | Hook) -> list[Hook]:
+    """Return the hooks as a list.
+
+    Raises:
+        ConfigError: If one cannot be called.
+    """
+    if callable(hooks):
+        return [hooks]
+    if isinstance(hooks, str) or not isinstance(hooks, Iterable) or not all(callable(hook) for hook in [*hooks]):
+        raise ConfigError(f"hooks is {hooks!r}; give a function of (trainer, step), a list of them, or () for none.")
+    return [*hooks]

@@ -68,7 +68,7 @@ def is_own(trainer: "Trainer", folder: Path) -> bool:
 
 def was_announced(output: MetricsFile, folder: Path) -> bool:
     """Return whether one of the run's own checkpoints was told of before the process that wrote it ended."""
-    told = (Path(r.get("folder", "")) for r in read_metrics(output.path) if r.get("event") == "save")
+    told = (Path(str(r.get("folder", ""))) for r in read_metrics(output.path) if r.get("event") == "save")
     return any(path.parts[-2:] == folder.parts[-2:] for path in told)  # the run's folder may have been moved
 
 

@@ -56,7 +56,7 @@ class Phase:
             raise ConfigError(
                 f"a phase has schedules={self.schedules!r}; give a dict by option, such as {{'lr': constant()}}."
             )
-        if self.loader is not None and not hasattr(self.loader, "__iter__"):
+        if self.loader is not None and (isinstance(self.loader, str) or not hasattr(self.loader, "__iter__")):
             raise ConfigError(f"a phase has a {type(self.loader).__name__} as loader; give a BatchLoader, for example.")
         checked_accept(self.accept)
 

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
+from tinygpt._numbers import check_real
 from tinygpt.errors import ConfigError
 from tinygpt.schedules import Schedule
 
@@ -152,7 +153,10 @@ class Rates:
         settings = self._settings[index]
         values = {option: settings[option] for option in self._governed[index]}
         for option, schedule in self._scheduled[phase][index].items():
-            values[option] = settings[option] * schedule(step) if option in _FACTORS else schedule(step)
+            value = schedule(step)
+            if not isinstance(value, Tensor):
+                check_real(**{f"schedules[{option!r}]({step})": value})
+            values[option] = settings[option] * value if option in _FACTORS else value
         if self.rewarm is not None and step >= self.rewarm.start:
             share = min(1.0, (step - self.rewarm.start) / self.rewarm.steps)
             for option, was in self.rewarm.was.get(self.labels[index], {}).items():

@@ -20,7 +20,7 @@ from tinygpt.trainer._arguments import check_arguments
 from tinygpt.trainer._changes import Change, as_rows, checked_accept
 from tinygpt.trainer._compile import compile_parts
 from tinygpt.trainer._config import TrainerConfig
-from tinygpt.trainer._hooks import Hook
+from tinygpt.trainer._hooks import Hook, checked_hooks
 from tinygpt.trainer._identity import MeasuredOn
 from tinygpt.trainer._meter import Meter
 from tinygpt.trainer._output import is_own, lock_of, next_folder, open_output, refuse_taken_folder, was_announced
@@ -98,7 +98,7 @@ class Trainer:
         tokenizer: Tokenizer | None = None,
         on_save: Callable[[Path], None] | None = None,
     ) -> None:
-        check_arguments(model, optimizer, loader, config, tokenizer, phases, schedules)
+        check_arguments(model, optimizer, loader, config, tokenizer, loss_fn, on_save, phases, schedules)
         phases = [Phase(config.num_steps, schedules or {})] if phases is None else phases
         self.model, self.optimizer = model, optimizer
         self.course = Course(phases, loader, config.batch_tokens)
@@ -238,12 +238,12 @@ class Trainer:
             ConfigError: If `accept` or `rewarm_steps` is given without `resume`; and as from iteration.
             CheckpointError: As in `resume` and `load_state`.
         """
+        step, hooks = None, checked_hooks(hooks)
         resume_as_asked(self, resume, accept, rewarm_steps)
-        step = None
         with progress_bar(self, enabled=progress) as show, contextlib.closing(self._run()) as steps:
             for step in steps:
                 show(step)
-                for hook in [hooks] if callable(hooks) else hooks:
+                for hook in hooks:
                     hook(self, step)
         report_run(self.config.out_dir if report else None)
         return step
