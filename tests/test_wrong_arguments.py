@@ -23,7 +23,18 @@ from tinygpt.data import (
 )
 from tinygpt.errors import ConfigError, DataError
 from tinygpt.evals import evaluate_bpb
-from tinygpt.layers import LayerCache, Linear, LMHead, RotaryEmbedding, causal_attention
+from tinygpt.layers import (
+    CausalSelfAttention,
+    LayerCache,
+    Linear,
+    LMHead,
+    RMSNorm,
+    RotaryEmbedding,
+    Smear,
+    TokenEmbedding,
+    ValueEmbedding,
+    causal_attention,
+)
 from tinygpt.optim import MuonAdamW, nanochat_rules, param_groups
 from tinygpt.tokenizer import BPETokenizer, ByteTokenizer, train_bpe
 from tinygpt.trainer import Phase, every
@@ -55,6 +66,13 @@ WHOLE: list[tuple[Callable[..., Any], str]] = [
     (GPTConfig.from_depth, "depth"),
     (scaling.from_depth, "depth"),
     (lambda in_features: Linear(in_features, 8), "in_features"),
+    (RMSNorm, "dim"),
+    (Smear, "dim"),
+    (lambda embedding_dim: TokenEmbedding(8, embedding_dim), "embedding_dim"),
+    (lambda num_embeddings: ValueEmbedding(num_embeddings, 8), "num_embeddings"),
+    (lambda dim: CausalSelfAttention(dim, 2), "dim"),
+    (lambda num_heads: CausalSelfAttention(8, num_heads), "num_heads"),
+    (lambda window_tokens: CausalSelfAttention(8, 2, window_tokens=window_tokens), "window_tokens"),
     (lambda vocab_size: LMHead(8, vocab_size), "vocab_size"),
     (lambda max_seq_len: RotaryEmbedding(8, max_seq_len), "max_seq_len"),
     (lambda batch: LayerCache(batch, 1, 8, 4), "batch"),
@@ -117,6 +135,15 @@ def test_token_ids_and_targets_that_are_no_tensors_are_refused() -> None:
         model([[1, 2, 3]])
     with pytest.raises(ConfigError, match=r"a loss needs two tensors.*got Tensor and list"):
         model.loss(torch.zeros(1, 2, dtype=torch.int64), [[1, 2]])  # type: ignore[arg-type]
+
+
+def test_sizes_of_parts_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ConfigError, match="2 heads of dim=16 have 8 channels; rope turns 4"):
+        CausalSelfAttention(16, 2, rope=RotaryEmbedding(4, 8))
+    for build in (TokenEmbedding, ValueEmbedding):
+        for sizes in ((0, 8), (8, 0), (-1, 8)):
+            with pytest.raises(ConfigError, match="a table needs positive sizes"):
+                build(*sizes)
 
 
 def test_a_cache_of_another_depth_is_refused() -> None:

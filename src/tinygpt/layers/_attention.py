@@ -8,14 +8,15 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tinygpt._numbers import check_whole, given
 from tinygpt.errors import ConfigError
 from tinygpt.layers._attend import causal_attention
-from tinygpt.layers._embedding import RowTable
 from tinygpt.layers._kept import made_again, others_choose_what_is_kept, takes_own_backward
 from tinygpt.layers._kv_cache import LayerCache
 from tinygpt.layers._linear import Linear
 from tinygpt.layers._norm import norm_keeps_input, norm_made_again, rms_norm
 from tinygpt.layers._rotary import RotaryEmbedding
+from tinygpt.layers._row_table import RowTable
 
 _SPLIT_HEADS = "batch seq (heads head_dim) -> batch heads seq head_dim"
 _MERGE_HEADS = "batch heads seq head_dim -> batch seq (heads head_dim)"
@@ -42,7 +43,8 @@ class CausalSelfAttention(nn.Module):
         value_gate_scale: What that gate can reach.
 
     Raises:
-        ConfigError: If the heads do not divide, the table has another width, or the gate reads more than `dim`.
+        ConfigError: If the heads do not divide, the table or `rope` has another width, or the gate reads more than
+            `dim`.
 
     References:
         Henry et al., [Query-Key Normalization for Transformers](https://arxiv.org/abs/2010.04245), 2020. Value
@@ -68,6 +70,10 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         check_heads(dim, num_heads, num_kv_heads)
+        check_whole(**given(window_tokens=window_tokens))
+        head_dim = dim // num_heads
+        if rope is not None and getattr(rope, "head_dim", head_dim) != head_dim:
+            raise ConfigError(f"{num_heads} heads of {dim=} have {head_dim} channels; rope turns {rope.head_dim}.")
         if window_tokens is not None and window_tokens < 0:
             raise ConfigError(f"window_tokens={window_tokens} is negative; use None for no window.")
         self.num_heads = num_heads
@@ -193,6 +199,7 @@ def _times_rows(gate: Tensor, table: nn.Embedding, token_ids: Tensor) -> Tensor:
 
 def check_heads(dim: int, num_heads: int, num_kv_heads: int) -> None:
     """Raise `ConfigError` unless `dim` splits into heads and the heads into groups."""
+    check_whole(dim=dim, num_heads=num_heads, num_kv_heads=num_kv_heads)
     if num_heads < 1 or dim < 1 or dim % num_heads:
         raise ConfigError(f"dim={dim} is not divisible by num_heads={num_heads}.")
     if num_kv_heads < 1 or num_heads % num_kv_heads:

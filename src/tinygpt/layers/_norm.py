@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tinygpt._numbers import check_real, check_whole, given
 from tinygpt.errors import ConfigError
 from tinygpt.layers._kept import made_again, others_choose_what_is_kept, takes_own_backward
 
@@ -36,6 +37,8 @@ class RMSNorm(nn.Module):
 
     def __init__(self, dim: int, *, weight: bool = False, eps: float | None = None) -> None:
         super().__init__()
+        check_whole(dim=dim)
+        check_real(**given(eps=eps))
         if dim < 1:
             raise ConfigError(f"RMSNorm needs a positive dim, got {dim}.")
         self.dim = dim

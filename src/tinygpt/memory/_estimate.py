@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from tinygpt.data import Batch
 from tinygpt.errors import ConfigError
 from tinygpt.layers import LMHead, set_matmul_precision
-from tinygpt.layers._embedding import RowTable
+from tinygpt.layers._row_table import RowTable
 from tinygpt.memory._kernels import KernelsOf
 from tinygpt.memory._ledger import Ledger
 
