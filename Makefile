@@ -18,7 +18,7 @@ help:  ## list the targets
 	@echo "make check    formatting, lint, types, import floors, version"
 	@echo "make docs     build the documentation into site/, warnings are errors"
 	@echo "make bench    run the CPU set of benchmarks/, 16 minutes on two quiet cores"
-	@echo "make bench-gpu  run the tests and benchmarks that need a CUDA device"
+	@echo "make bench-gpu  run the tests and benchmarks that need a CUDA device, about 20 minutes on an H200"
 	@echo "make format   format the code and apply safe lint fixes"
 	@echo "Each makes .venv and installs into it first, where that is needed. PYTHON=... chooses the interpreter."
 
@@ -62,10 +62,7 @@ bench: $(STAMP)
 	run packing.py; run loader.py; run corpus_size.py --rounds 1; run compile.py --rounds 3; run import_time.py
 
 bench-gpu: $(STAMP)
-	$(PY) -m pytest -m gpu
-	@set -e; run() { echo "== benchmarks/$$*"; script=$$1; shift; $(PY) benchmarks/$$script "$$@"; }; \
-	run gpu_training.py; run attention.py; run optimizer_step.py --full; \
-	run memory.py; run compile.py --device cuda; run low_precision.py --device cuda --depth 20 --steps 500
+	$(PY) benchmarks/_gpu_set.py
 
 format: $(STAMP)
 	$(VENV)/bin/ruff format .

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -173,8 +174,9 @@ def report(
 
 
 def machine() -> dict[str, Any]:
-    """Return what a timing depends on: processor, threads, versions and commit."""
+    """Return when it is, and what a timing depends on: processor, GPU, threads, versions and commit."""
     return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -183,6 +185,7 @@ def machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "tinygpt": tinygpt.__version__,
         "commit": _commit(),
+        **({"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda} if torch.cuda.is_available() else {}),
     }
 
 
@@ -196,7 +199,10 @@ def _cpu_name() -> str:
 
 
 def _commit() -> str:
-    """Return the short commit, with `+` behind it when tracked files under `src` or here differ from it."""
+    """Return the short commit, with `+` behind it when tracked files under `src` or here differ from it.
+
+    A copy without its repository does not know it: there `TINYGPT_COMMIT` tells.
+    """
     git = ["git", "-C", str(Path(__file__).parent.parent)]
     try:
         commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
@@ -207,5 +213,5 @@ def _commit() -> str:
             check=True,
         )
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("TINYGPT_COMMIT") or "unknown"
     return commit.stdout.strip() + ("+" if changes.stdout else "")

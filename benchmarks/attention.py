@@ -82,7 +82,7 @@ def main() -> None:
         rows += timed
     where = torch.cuda.get_device_name() if device == "cuda" else "cpu"
     report(
-        "attention",
+        "attention" + ("-cuda" if device == "cuda" else ""),
         {"device": where, "dtype": str(dtype).removeprefix("torch.")},
         rows,
         {

@@ -9,15 +9,20 @@ architecture through SDPA, all logits at once, `torch.autocast` in bfloat16, who
 - fp8: products in eight and in sixteen bits at depth 20, where they are large enough to gain;
 - batch, context, depth: the curves of our standard settings.
 
-A case that does not fit in memory is a row that says so. Without a GPU only `--quick` runs, which shows that the script
-works.
+A case that fails, or for which `--seconds` leave no time, is no row but named in the settings with the reason; the
+exit status is 1 if one failed by anything but lack of memory. Where the GPU has room for several cases, they run at the
+same time first, unmeasured, so that they find their compiled code in torch's cache: the first step tells what
+compiling costs only with `--ahead 1`. Without a GPU only `--quick` runs, which shows that the script works.
 """
 
 import argparse
 import multiprocessing
+import sys
 import time
+import traceback
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from typing import NamedTuple
 
 import torch
@@ -35,6 +40,8 @@ from tinygpt.optim import MuonAdamW, nanochat_rules, param_groups
 from tinygpt.trainer._compile import Compile, compile_parts
 
 PARTS = ("variants", "fp8", "batch", "context", "depth")
+OUT_OF_MEMORY = "out of memory"
+_ROOM = 24 * 2**30  # more than any case takes at the sizes of the defaults, all logits of plain PyTorch included
 
 
 class Case(NamedTuple):
@@ -141,13 +148,18 @@ def measure(case: Case, steps: int, device_name: str) -> Result:
         step()
         first = now() - start
         step()
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()  # the compiler may have tried out kernels on copies
         seconds = []
         for _ in range(steps):
             start = now()
             step()
             seconds.append(now() - start)
     except torch.OutOfMemoryError:
-        return Result([], 0.0, None, flops, peak, "out of memory")
+        return Result([], 0.0, None, flops, peak, OUT_OF_MEMORY)
+    except Exception as error:  # what one case cannot do says nothing of the others
+        traceback.print_exc()
+        return Result([], 0.0, None, flops, peak, f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}")
     used = torch.cuda.max_memory_allocated() if cuda else None
     return Result(seconds, first, used, flops, peak, None)
 
@@ -157,17 +169,41 @@ def _on_meta(config: GPTConfig) -> GPT:
         return GPT.from_config(config)
 
 
-def measured(cases: list[Case], args: argparse.Namespace) -> list[Row]:
-    """Run every case in a fresh process and return the rows of a table, the first of them the baseline."""
+def compile_ahead(cases: list[Case], args: argparse.Namespace) -> None:
+    """Run the cases that compile several at a time, so that each finds its code in the cache when it is measured."""
+    context = multiprocessing.get_context("spawn")
+    compiled = [case for case in cases if case.compile]
+    with ProcessPoolExecutor(args.ahead, mp_context=context, max_tasks_per_child=1) as pool:
+        for case, done in [(case, pool.submit(measure, case, 0, args.device)) for case in compiled]:
+            done.exception()
+            print(f"  {case.name}: compiled", flush=True)
+
+
+def measured(cases: list[Case], args: argparse.Namespace) -> tuple[list[Row], dict[str, str]]:
+    """Run every case in a fresh process; return a table's rows, the first of them the baseline, and what has none."""
     results: dict[str, Result] = {}
+    left_out: dict[str, str] = {}
+    end = time.monotonic() + args.seconds
+    if args.ahead > 1:
+        compile_ahead(cases, args)
     for case in cases:
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            results[case.name] = pool.submit(measure, case, args.rounds, args.device).result()
-        found = results[case.name]
+        if time.monotonic() > end:
+            left_out[case.name] = "no time left"
+            continue
+        try:
+            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+                found = pool.submit(measure, case, args.rounds, args.device).result()
+        except BrokenProcessPool:  # killed, as by the system when memory ran out
+            left_out[case.name] = "its process died"
+            continue
         print(f"  {case.name}: {found.error or f'{min(found.seconds):.3f} s a step'}", flush=True)
-    fitting = {name: result.seconds for name, result in results.items() if result.error is None}
+        if found.error is None:
+            results[case.name] = found
+        else:
+            left_out[case.name] = found.error
+    fitting = {name: result.seconds for name, result in results.items()}
     if not fitting:
-        return []
+        return [], left_out
     rows = timed_rows(fitting, baseline=next(iter(fitting)))
     by_name = {case.name: case for case in cases}
     for row in rows:
@@ -178,7 +214,7 @@ def measured(cases: list[Case], args: argparse.Namespace) -> list[Row]:
         row["first_seconds"] = result.first_seconds
         known = result.peak_flops is not None
         row["mfu"] = row["tokens_per_second"] * result.flops_per_token / result.peak_flops if known else None
-    return rows
+    return rows, left_out
 
 
 def variants(config: GPTConfig, args: argparse.Namespace) -> list[Case]:
@@ -221,6 +257,10 @@ def main() -> None:
     parser.add_argument("--depth", type=int, default=12, help="layers; 64 wide each (default 12, the 286 M model)")
     parser.add_argument("--micro-batches", type=int, default=4, help="of a step in the first table (default 4)")
     parser.add_argument("--window-pattern", default="L", help="L for full attention, S for a window (default L)")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="after which a table begins no other case")
+    parser.add_argument(
+        "--ahead", type=int, help="cases that compile at a time first (default: what the GPU has room for)"
+    )
     args = parse(parser)
     args.device = "cuda" if torch.cuda.is_available() else "cpu"
     config = GPTConfig.from_depth(args.depth, max_seq_len=args.seq, window_pattern=args.window_pattern)
@@ -229,16 +269,23 @@ def main() -> None:
         config = GPTConfig(num_layers=3, dim=64, num_heads=2, vocab_size=512, max_seq_len=32)
     elif args.device == "cpu":
         parser.error("this benchmark needs a CUDA device; --quick runs without one, training_step.py is for the CPU.")
+    if args.ahead is None:
+        total = torch.cuda.get_device_properties(0).total_memory if args.device == "cuda" else 0
+        args.ahead = max(1, min(5, total // _ROOM))
+    failed = False
     for part in args.parts:
         print(part, flush=True)
         cases = variants(config, args) if part == "variants" else curves(part, config, args)
         if args.quick:  # nothing that needs a compiler
             cases = [case for case in cases if case.compile is False]
         device = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
+        rows, left_out = measured(cases, args)
+        failed = failed or any(reason != OUT_OF_MEMORY for reason in left_out.values())
+        shape = {"depth": config.num_layers, "dim": config.dim, "batch": f"{args.rows} x {args.seq}"}
         report(
             f"gpu_training_{part}",
-            {"device": device, "depth": config.num_layers, "dim": config.dim, "batch": f"{args.rows} x {args.seq}"},
-            measured(cases, args),
+            {"device": device, **shape, "compiled_ahead": args.ahead > 1, "left_out": left_out},
+            rows,
             {
                 "step": seconds_text,
                 "x speed of the first": lambda row: f"{row['speed']:.2f}",
@@ -249,6 +296,7 @@ def main() -> None:
             },
             args,
         )
+    sys.exit(1 if failed else 0)
 
 
 if __name__ == "__main__":

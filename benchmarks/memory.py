@@ -41,9 +41,10 @@ CPU_CASES: dict[str, dict[str, Any]] = {
 }
 GPU_CASES: dict[str, dict[str, Any]] = {
     f"12 x 768, {rows} x 2,048, {checkpointing}": {"rows": rows, "checkpointing": checkpointing}
-    for rows in (8, 4, 1)
-    for checkpointing in ("none", "mlp", "block")
+    for rows, checkpointing in [(8, "none"), (8, "mlp"), (8, "block"), (4, "none"), (1, "none"), (1, "block")]
 } | {
+    "chunks of 512": {"rows": 8, "chunk_tokens": 512},
+    "two micro-batches": {"rows": 8, "micro_batches": 2},
     "windows": {"window_pattern": "SSSL"},
     "no value embeddings": {"value_embeddings": False},
     "20 x 1,280": {"num_layers": 20, "dim": 1280, "num_heads": 10, "rows": 4},
@@ -161,7 +162,7 @@ def main() -> None:
     times = timed_rows({row["variant"]: row["seconds"] for row in rows}, baseline=rows[0]["variant"])
     rows = [row | timed for row, timed in zip(rows, times, strict=True)]
     report(
-        "memory",
+        "memory" + ("-cuda" if args.device == "cuda" else ""),
         {"device": args.device, "model": " ".join(f"{key} {value}" for key, value in base.items())},
         rows,
         {

@@ -49,13 +49,13 @@ def model_parts(shape: Shape, device: str, *, bfloat16_tables: bool) -> tuple[GP
     """Return a GPT of this shape with a random gradient for every parameter."""
     layers, dim, vocab = shape
     torch.manual_seed(0)
-    model = GPT.from_config(GPTConfig(num_layers=layers, dim=dim, num_heads=max(1, dim // 128), vocab_size=vocab))
+    with torch.device(device):
+        model = GPT.from_config(GPTConfig(num_layers=layers, dim=dim, num_heads=max(1, dim // 128), vocab_size=vocab))
     if bfloat16_tables:
         model.set_compute_dtype(torch.bfloat16, embeddings=True)
-    model.to(device)
     parts = Parts([], [], [])
     for name, parameter in model.named_parameters():
-        parameter.grad = torch.randn(parameter.shape).to(parameter)
+        parameter.grad = torch.randn(parameter.shape, device=device).to(parameter.dtype)
         if "embedding" in name:
             parts.tables.append((name, parameter))
         elif parameter.ndim == 2 and name.startswith("blocks."):
@@ -173,7 +173,14 @@ class Step:
             torch.cuda.synchronize()
 
 
-def check_alike(name: str, step: Step, reference: Step) -> None:
+class Reference(NamedTuple):
+    """What the first step of the baseline made of the parameters of AdamW, and what it did to each matrix."""
+
+    others: dict[str, Tensor]
+    changes: dict[str, Tensor]
+
+
+def check_alike(name: str, step: Step, reference: Reference) -> None:
     """Stop unless two first steps changed the parameters alike, as far as their methods do."""
     for key, parameter in step.others.items():
         wanted = reference.others[key]
@@ -216,21 +223,33 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     args = parse(parser)
     shape = (2, 128, 512) if args.quick else (12, 768, 32_768) if args.full else (4, 512, 8_192)
-    steps: dict[str, Step] = {}
-    for name in variants(args.device):
-        steps[name] = Step(name, shape, args.device)
-        check_alike(name, steps[name], steps[BASELINE])
-        if name != BASELINE:
-            steps[name].changes.clear()
-    rows = timed_rows(time_rounds(steps, args.rounds, warm=True), baseline=BASELINE)
-    gradients = steps[BASELINE].gradients
-    parameters = sum(parameter.numel() for parameter, _ in gradients)
+    names = list(variants(args.device))
+    # In turns, as the load of a CPU comes and goes; a GPU has no other, and less room than all of them together take.
+    groups = [[name] for name in names] if args.device == "cuda" else [names]
+    reference: Reference | None = None
+    seconds: dict[str, list[float]] = {}
+    memory: dict[str, tuple[int | None, int]] = {}
+    parameters = 0
+    for group in groups:
+        steps: dict[str, Step] = {}
+        for name in group:
+            steps[name] = step = Step(name, shape, args.device)
+            if reference is None:
+                others = {key: parameter.detach().clone() for key, parameter in step.others.items()}
+                reference = Reference(others, step.changes)
+            check_alike(name, step, reference)
+            step.changes = {}
+            parameters = sum(parameter.numel() for parameter, _ in step.gradients)
+        seconds |= time_rounds(steps, args.rounds, warm=True)
+        for name, step in steps.items():
+            # A process for each is what takes long.
+            left_out = args.quick and name not in (BASELINE, "MuonAdamW")
+            stored = sum(parameter.nbytes for parameter, _ in step.gradients)
+            memory[name] = None if left_out else extra_bytes(name, step, shape), stored
+        del steps, step  # before the next group takes their place
+    rows = timed_rows(seconds, baseline=BASELINE)
     for row in rows:
-        step = steps[row["variant"]]
-        stored = sum(parameter.nbytes for parameter, _ in step.gradients)
-        # A process for each is what takes long.
-        left_out = args.quick and row["variant"] not in (BASELINE, "MuonAdamW")
-        extra = None if left_out else extra_bytes(row["variant"], step, shape)
+        extra, stored = memory[row["variant"]]
         row["extra_mib"] = None if extra is None else extra / MIB
         row["extra_fraction"] = None if extra is None else extra / stored
     name = "optimizer_step" + ("-cuda" if args.device == "cuda" else "")

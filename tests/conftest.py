@@ -12,6 +12,9 @@ if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
 # huggingface_hub reads it once, when it is first imported, and then shows no bar in this process, ours included.
 os.environ.pop("HF_HUB_DISABLE_PROGRESS_BARS", None)
 
+# cuBLAS repeats its sums with it alone, and torch reads it at its first product in a process.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
 import torch
 
 settings.register_profile("tinygpt", derandomize=True, deadline=None)

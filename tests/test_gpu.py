@@ -1,6 +1,8 @@
 """What only a CUDA device can show: the same numbers as on the CPU, bfloat16, compiled blocks, exact resume."""
 
 import itertools
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,20 @@ from tinygpt.data import Batch, BatchLoader, TextDocuments
 from tinygpt.generate import Engine, GenerationConfig, generate, generate_batch
 from tinygpt.layers import causal_attention
 from tinygpt.layers._low_precision import low_precision_linear
+from tinygpt.layers._norm import rms_norm
 from tinygpt.metrics import read_metrics
 from tinygpt.optim import MuonAdamW, nanochat_rules, orthogonalize, param_groups
 from tinygpt.tokenizer import ByteTokenizer
 
 pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(autouse=True)
+def _compiler_without_past() -> Iterator[None]:
+    """Forget what a test compiled: the compiler runs a function eagerly, unsaid, after eight ways to compile it."""
+    yield
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
 
 
 def make_model(**config: Any) -> GPT:
@@ -52,6 +63,18 @@ def test_attention_in_bfloat16_stays_close_to_float32(window: int | None) -> Non
     exact = causal_attention(q, k, v, window_tokens=window)
     rough = causal_attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), window_tokens=window)
     assert (rough.float() - exact).abs().mean() < 0.02
+
+
+@pytest.mark.parametrize("shape", [(4, 64, 768), (2, 3, 50, 128)])
+def test_the_norm_in_bfloat16_has_the_gradient_of_the_formula(shape: tuple[int, ...]) -> None:
+    x, grad = torch.randn(2, *shape, device="cuda", dtype=torch.bfloat16)
+    grad = grad.transpose(-2, -3).contiguous().transpose(-2, -3)  # as attention hands it back
+    rough, exact = x.clone().requires_grad_(), x.double().requires_grad_()
+    rms_norm(rough).backward(grad)
+    (exact * exact.square().mean(-1, keepdim=True).rsqrt()).backward(grad.double())
+    assert rough.grad is not None
+    assert exact.grad is not None
+    assert (rough.grad - exact.grad).norm() < 0.01 * exact.grad.norm()
 
 
 def test_orthogonalization_runs_in_bfloat16_by_default_and_stays_close() -> None:
@@ -140,7 +163,9 @@ def test_tables_are_trained_on_a_gpu_as_on_a_cpu_and_repeat(options: dict[str, A
             optimizer.step()
         ends.append(table.detach().float().cpu())
     assert torch.equal(ends[1], ends[2])
-    assert (ends[0] - ends[1]).abs().mean() < 0.01
+    # Another device draws other noise: two seeds on one device end 0.017 apart, where the numbers moved by 0.058.
+    assert (ends[0] - ends[1]).abs().mean() < (0.03 if "stochastic_rounding" in options else 0.01)
+    assert (ends[0] - ends[1]).mean().abs() < 0.002
 
 
 def test_full_logits_never_exist_while_training() -> None:
@@ -187,7 +212,7 @@ def test_a_resumed_run_repeats_the_losses(tmp_path: Path) -> None:
         config = TrainerConfig(num_steps=10, out_dir=str(out), save_every=4, compile=False)
         return Trainer(model, MuonAdamW.for_model(model), loader, config)
 
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.use_deterministic_algorithms(True)  # with warn_only FlashAttention adds up in any order
     try:
         list(trainer(tmp_path / "whole"))
         for step in trainer(tmp_path / "parts"):

@@ -59,7 +59,7 @@ def test_a_quick_run_prints_a_table_and_writes_what_is_behind_it(script: Path, t
     for path in tmp_path.iterdir():
         content = json.loads(path.read_text("utf-8"))
         assert set(content) == {"benchmark", "machine", "settings", "rounds", "rows"}
-        assert set(content["machine"]) >= {"cpu", "cores", "threads", "python", "torch", "tinygpt", "commit"}
+        assert set(content["machine"]) >= {"date", "cpu", "cores", "threads", "python", "torch", "tinygpt", "commit"}
         assert len(content["rows"]) >= 2
         assert any(row["speed"] == 1.0 for row in content["rows"]), "no row is the baseline"
         for row in content["rows"]:
@@ -91,6 +91,47 @@ def test_memory_is_that_of_a_fresh_process(tmp_path: Path) -> None:
         pytest.skip("this system does not tell the memory of a process")
     assert 60 < small < 128
     assert 250 < large < 320
+
+
+def run_code(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    code = f"import sys; sys.path.insert(0, {str(ROOT / 'benchmarks')!r})\n{code}"
+    command = [sys.executable, "-c", code]
+    return subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, **environment}, timeout=120, check=True
+    )
+
+
+def test_of_the_gpu_set_one_that_fails_or_takes_too_long_stops_no_other() -> None:
+    finished = run_code(
+        "from _gpu_set import ROOT, Step, run, steps\n"
+        "codes = ['', 'raise SystemExit(3)', 'import time; time.sleep(60)']\n"
+        "print([run(Step(['-c', code], 0), 5)[0] for code in codes])\n"
+        "scripts = [step.arguments[0] for name, step in steps().items() if name != 'tests']\n"
+        "print(len(scripts), all((ROOT / script).exists() for script in scripts), steps()['tests'].arguments[-1])\n"
+    )
+    ends, rest = finished.stdout.splitlines()
+    assert ends == "['', 'exit status 3', 'ran out of time']"
+    assert rest == "8 True tests/test_gpu.py"
+
+
+def test_a_case_of_gpu_training_that_fails_says_so_and_leaves_the_others_alone() -> None:
+    finished = run_code(
+        "import argparse\nfrom gpu_training import Case, GPTConfig, measured\n"
+        "config = GPTConfig(num_layers=1, dim=40, num_heads=1, vocab_size=64, max_seq_len=8)\n"
+        "cases = [Case('good', config, 1, compile=False), Case('odd', config, 1, compile=False, products='int8')]\n"
+        "if __name__ == '__main__':\n"
+        "    rows, left_out = measured(cases, argparse.Namespace(rounds=1, device='cpu', seconds=60, ahead=1))\n"
+        "    print('', [row['variant'] for row in rows], left_out, sep='\\n')\n"
+    )
+    variants, left_out = finished.stdout.splitlines()[-2:]
+    assert variants == "['good']"
+    assert left_out.startswith("{'odd': 'ConfigError: int8 products need widths that are multiples of 16")
+
+
+def test_a_copy_without_its_repository_is_told_the_commit(tmp_path: Path) -> None:
+    code = "import _measure\n_measure.__file__ = sys.argv[0] + '/nowhere/benchmarks/x.py'\nprint(_measure._commit())"
+    assert run_code(code, TINYGPT_COMMIT="abc1234").stdout == "abc1234\n"
+    assert run_code(code, TINYGPT_COMMIT="").stdout == "unknown\n"
 
 
 def test_a_round_count_below_one_is_refused() -> None:

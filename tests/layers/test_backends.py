@@ -6,6 +6,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -386,16 +387,31 @@ def test_the_mask_of_flexattention_is_the_one_torch_makes_from_all_pairs(seq: in
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
 def test_flexattention_with_that_mask_is_the_formula(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(_flex._found, "compiled", torch_flex_attention)
     for window in (30, None):
         q, k, v = (x.detach() for x in qkv(300))
+        monkeypatch.setitem(_flex._compiled, _flex._kind(q.device, q.dtype, q.shape[3]), torch_flex_attention)
         torch.testing.assert_close(_flex.flex_attention(q, k, v, window, 0.3), plain(q, k, v, window, 0.3))
 
 
+def test_flexattention_keeps_its_tiles_for_each_dtype_and_width(monkeypatch: pytest.MonkeyPatch) -> None:
+    def tiles(dtype: torch.dtype, head_dim: int) -> Any:
+        return _flex._found[_flex._kind(torch.device("cuda", 0), dtype, head_dim)].keywords["kernel_options"]
+
+    properties = SimpleNamespace(shared_memory_per_block_optin=101_376)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    kinds = [(torch.float32, 128), (torch.bfloat16, 128), (torch.bfloat16, 256)]
+    for dtype, head_dim in kinds:
+        assert _flex.flex_why_not(torch.device("cuda", 0), dtype, head_dim) == ""
+    # Asking for one does not change what another is computed with.
+    assert [tiles(*kind) for kind in kinds] == [_flex.small_tiles(*kind) for kind in kinds]
+    assert tiles(torch.float32, 128) != tiles(torch.bfloat16, 128)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_small_tiles_fit_99_kilobytes_at_heads_of_128_and_divide_the_blocks_of_the_mask(dtype: torch.dtype) -> None:
-    tiles = _flex.small_tiles(dtype)
-    row = 128 * dtype.itemsize
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_small_tiles_fit_99_kilobytes_and_divide_the_blocks_of_the_mask(dtype: torch.dtype, head_dim: int) -> None:
+    tiles = _flex.small_tiles(dtype, head_dim)
+    row = head_dim * dtype.itemsize
     forward = row * (tiles["fwd_BLOCK_M"] + 2 * tiles["fwd_num_stages"] * tiles["fwd_BLOCK_N"])
     backward = (
         2

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from small_runs import everything, make_model, make_trainer, steps_of
+from tinygpt import GPT, GPTConfig
 from tinygpt.checkpoint import load_tensors
 from tinygpt.data import Batch
 from tinygpt.errors import ConfigError, NonFiniteError
@@ -83,10 +84,35 @@ def test_on_a_gpu_auto_compiles_blocks_and_leaves_a_foreign_model_alone(compiled
     device = torch.device("cuda")  # nothing is run there
     assert compile_parts(_Named(nn.Linear(8, 8)), next_token_loss, "auto", device) is next_token_loss
     assert compiled == []
-    assert compile_parts(_Named(nn.Linear(8, 8)), next_token_loss, "block", device) is next_token_loss
+    compile_parts(_Named(nn.Linear(8, 8)), next_token_loss, "block", device)
     assert compiled == ["_Named"]
-    assert compile_parts(make_model(), next_token_loss, "auto", device) is next_token_loss
+    compile_parts(make_model(), next_token_loss, "auto", device)
     assert compiled == ["_Named", "Block"]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("setting", ["block", "model"])
+def test_compiled_parts_keep_one_hidden_layer_for_the_backward_pass(
+    monkeypatch: pytest.MonkeyPatch, setting: Any
+) -> None:
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **o: real(f, backend="aot_eager_decomp_partition", **o))
+    monkeypatch.setattr("tinygpt.trainer._compile.compiler_problem", lambda device: None)
+    torch._dynamo.reset()
+    model = GPT.from_config(GPTConfig(num_layers=2, dim=64, num_heads=2, vocab_size=64, max_seq_len=16))
+    weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    ids = torch.randint(64, (3, 16))
+    loss_fn = compile_parts(model, next_token_loss, setting, torch.device("cpu"))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss_fn(model, Batch(ids, ids))
+    hidden = [t for key, t in kept.items() if key not in weights and t.numel() == 3 * 16 * 4 * 64]
+    assert len(hidden) == 2  # one a block, and its square not beside it
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -13,8 +13,9 @@ _ROOMY_SHARED_MEMORY = 160_000
 _MASK_BLOCK = 128
 _MOST_MASKS = 32
 
-# What the check below prepared: the function as a compiler may trace it, and the same compiled.
+# What the check below prepared, by `_kind`: the function as a compiler may trace it, and the same compiled.
 _found: dict[str, Callable[..., Any]] = {}
+_compiled: dict[str, Callable[..., Any]] = {}
 _masks: dict[str, Any] = {}
 
 
@@ -22,7 +23,8 @@ def flex_attention(q: Tensor, k: Tensor, v: Tensor, window_tokens: int | None, s
     """Run FlexAttention on as many queries as keys."""
     seq = k.shape[2]
     mask = _masks[keep_mask(seq, seq if window_tokens is None else window_tokens, q.device)]
-    run = _found["traced" if torch.compiler.is_compiling() else "compiled"]
+    kind = _kind(q.device, q.dtype, q.shape[3])
+    run = (_found if torch.compiler.is_compiling() else _compiled)[kind]
     y: Tensor = run(q, k, v, block_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
     return y
 
@@ -36,22 +38,34 @@ def flex_why_not(device: torch.device, dtype: torch.dtype, head_dim: int) -> str
     except ImportError as error:
         return f"torch.nn.attention.flex_attention cannot be imported: {error}"
     shared = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0)
-    options = None if shared >= _ROOMY_SHARED_MEMORY else small_tiles(dtype)
-    _found["traced"] = functools.partial(function, kernel_options=options)
-    _found["compiled"] = torch.compile(_found["traced"], dynamic=False)
+    options = None if shared >= _ROOMY_SHARED_MEMORY else small_tiles(dtype, head_dim)
+    kind = _kind(device, dtype, head_dim)
+    _found[kind] = functools.partial(function, kernel_options=options)
+    _compiled[kind] = torch.compile(_found[kind], dynamic=False)
     return ""
 
 
-def small_tiles(dtype: torch.dtype) -> dict[str, int]:
-    """Return tiles that take at most 80 KB of shared memory with heads of 128.
+def _kind(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    """Return what tiles depend on: those of half precision would be twice as large in float32."""
+    return f"{device} {dtype} {head_dim}"
 
-    Forward a tile of queries lies there, and in each of two stages one of keys and one of values: 16 + 2 x 32 KB in
-    half precision. Backward it is two tiles of one side and two of the other in a single stage: 48 KB. In float32
-    tiles are half as long.
+
+_kind._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as for keep_mask below
+
+
+def small_tiles(dtype: torch.dtype, head_dim: int = 128) -> dict[str, int]:
+    """Return tiles that take at most 80 KB of shared memory.
+
+    Forward a tile of queries lies there, and in each of two stages one of keys and one of values; backward it is two
+    tiles of one side and two of the other in a single stage. What Triton 3.7 compiles for compute capability 8.9 takes
+    56 and 48 KB with heads of 128 in half precision, 52 and 68 KB in float32, whose tiles are half as long, as they are
+    for wider heads.
     """
-    side = 64 if dtype.itemsize == 2 else 32
+    row = dtype.itemsize * head_dim
+    side = 64 if row <= 256 else 32 if row <= 512 else 16
+    short = min(side, 32)
     forward = {"fwd_BLOCK_M": side, "fwd_BLOCK_N": side, "fwd_num_stages": 2}
-    backward = {"bwd_BLOCK_M1": 32, "bwd_BLOCK_N1": side, "bwd_BLOCK_M2": side, "bwd_BLOCK_N2": 32}
+    backward = {"bwd_BLOCK_M1": short, "bwd_BLOCK_N1": side, "bwd_BLOCK_M2": side, "bwd_BLOCK_N2": short}
     return {**forward, **backward, "bwd_num_stages": 1}
 
 
