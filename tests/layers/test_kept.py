@@ -1,5 +1,6 @@
 """What layers keep for the backward pass: less than their formulas, and the same numbers."""
 
+import gc
 from collections.abc import Callable
 
 import pytest
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.autograd.graph import save_on_cpu
 from torch.nn import functional as F
+from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.checkpoint import checkpoint
 
 from tinygpt.layers import (
@@ -501,3 +503,64 @@ def test_the_rotation_is_its_formula_to_the_bit_and_can_be_differentiated_twice(
         assert torch.equal(a, b)
     if dtype == torch.float64:
         assert torch.autograd.gradgradcheck(rope, (x.clone().requires_grad_(),))
+
+
+def alive() -> int:
+    return sum(issubclass(type(each), Tensor) for each in gc.get_objects())
+
+
+@pytest.mark.parametrize("way", ["forward alone", "some gradients", "a graph that stays"])
+def test_what_a_large_block_keeps_goes_with_its_graph_without_a_collector(way: str) -> None:
+    block, x, x0 = large_block(), torch.randn(LARGE).requires_grad_(), torch.randn(LARGE)
+
+    def once() -> None:
+        out = block(x, x0=x0)
+        if way == "some gradients":
+            torch.autograd.grad(out.sum(), [block.mlp.down_proj.weight])
+        if way == "a graph that stays":
+            torch.autograd.grad(out.sum(), [x], retain_graph=True)
+
+    once()
+    gc.collect()
+    gc.disable()
+    try:
+        before = alive()
+        for _ in range(5):
+            once()
+        assert alive() == before
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("what", ["attention_norm", "mlp_norm", "up_proj"])
+@pytest.mark.parametrize("how", ["forward of its own", "hook for all modules"])
+def test_a_module_that_was_patched_gives_the_gradients_of_what_it_computed(how: str, what: str) -> None:
+    block, x, x0 = large_block(), torch.randn(LARGE), torch.randn(LARGE)
+    module = block.mlp.up_proj if what == "up_proj" else getattr(block, what)
+    own, handle = module.forward, None
+    if how == "forward of its own":
+        module.forward = lambda x: torch.tanh(3 * own(x))
+    else:
+        handle = register_module_forward_hook(lambda each, args, out: torch.tanh(3 * out) if each is module else None)
+    try:
+        found = gradients(lambda x: block(x, x0=x0), x, *block.parameters())
+        with torch.autograd.graph.disable_saved_tensors_hooks("so that everything is kept"):
+            expected = gradients(lambda x: block(x, x0=x0), x, *block.parameters())
+    finally:
+        if handle is not None:
+            handle.remove()
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_the_rotation_gives_gradients_in_batches_and_to_tables_and_rows_to_positions() -> None:
+    rope, x = RotaryEmbedding(4, 9), torch.randn(1, 1, 9, 4, requires_grad=True)
+    turned = rope(x)
+    several = torch.randn(3, *turned.shape)
+    found = torch.autograd.grad(turned, x, several, is_grads_batched=True, retain_graph=True)[0]
+    for each, grad in zip(found, several, strict=True):
+        assert torch.equal(each, torch.autograd.grad(turned, x, grad, retain_graph=True)[0])
+    cos, sin = (table.clone().requires_grad_() for table in rope.tables(0, 9))
+    assert all(grad.abs().sum() > 0 for grad in torch.autograd.grad(rope.turn(x, cos, sin).sum(), (cos, sin)))
+    positions = torch.tensor([0, 3, 5])
+    assert torch.equal(rope(x[:, :, :2], position=positions), rope(x[:, :, :2].detach(), position=positions))
+    assert rope(x[:, :, :2], position=positions).shape == (3, 1, 2, 4)

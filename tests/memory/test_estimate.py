@@ -93,7 +93,8 @@ def test_each_way_to_recompute_takes_less_and_rows_take_in_proportion() -> None:
         totals.append(training_memory(model, optimizer, rows=4, seq_len=1024).activations)
     assert totals[0] > 1.25 * totals[1] > 3 * totals[2]
     model.set_activation_checkpointing("none")
-    kept = [training_memory(model, optimizer, rows=rows, seq_len=512).activations for rows in (1, 2, 3)]
+    # Of two rows on all is large enough that norms are made again instead of kept.
+    kept = [training_memory(model, optimizer, rows=rows, seq_len=512).activations for rows in (2, 3, 4)]
     assert kept[2] - kept[1] == pytest.approx(kept[1] - kept[0], rel=1e-2)
 
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from tinygpt._numbers import check_whole, given
 from tinygpt.errors import ConfigError
 from tinygpt.layers._attend import causal_attention
-from tinygpt.layers._kept import made_again, others_choose_what_is_kept, takes_own_backward
+from tinygpt.layers._kept import is_hooked, made_again, others_choose_what_is_kept, takes_own_backward
 from tinygpt.layers._kv_cache import LayerCache
 from tinygpt.layers._linear import Linear
 from tinygpt.layers._norm import norm_keeps_input, norm_made_again, rms_norm
@@ -187,7 +187,7 @@ def _times_rows(gate: Tensor, table: nn.Embedding, token_ids: Tensor) -> Tensor:
 
     rows = split(table(token_ids))
     own = table.forward if "forward" in table.__dict__ else type(table).forward
-    hooked = table._forward_pre_hooks or table._forward_hooks
+    hooked = is_hooked(table)
     # A parametrized weight is no parameter, but computed whenever it is asked for.
     looks_up = own in (nn.Embedding.forward, RowTable.forward) and "weight" in table._parameters
     if not looks_up or hooked or table.max_norm is not None or not takes_own_backward() or others_choose_what_is_kept():

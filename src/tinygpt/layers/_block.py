@@ -8,7 +8,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tinygpt.errors import ConfigError
-from tinygpt.layers._kept import made_again, others_choose_what_is_kept, takes_own_backward, with_its_parameters
+from tinygpt.layers._kept import (
+    is_plain,
+    made_again,
+    others_choose_what_is_kept,
+    takes_own_backward,
+    with_its_parameters,
+)
 from tinygpt.layers._kv_cache import LayerCache
 from tinygpt.layers._norm import RMSNorm, norm_keeps_input, norm_made_again
 
@@ -136,11 +142,9 @@ def _mix(x: Tensor, x0: Tensor | None, residual_scale: Tensor | None, x0_scale: 
     return x
 
 
-def _may_norm_again(norm: nn.Module, x: Tensor) -> bool:
+def _may_norm_again(norm: RMSNorm, x: Tensor) -> bool:
     """Return whether the norm is no more than an `RMSNorm`, keeps its input, and its result may be made again."""
-    if type(norm) is not RMSNorm or norm._forward_hooks or norm._forward_pre_hooks:
-        return False
-    return norm_keeps_input(x, norm.weight)
+    return is_plain(norm, RMSNorm) and norm_keeps_input(x, norm.weight)
 
 
 class Backout(nn.Module):

@@ -25,6 +25,18 @@ def takes_own_backward() -> bool:
     )
 
 
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Return whether a module is of this very class, and nothing else happens when it is called."""
+    return type(module) is kind and "forward" not in module.__dict__ and not is_hooked(module)
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Return whether hooks, its own or those of all modules, see what this module takes or returns."""
+    own = module._forward_hooks or module._forward_pre_hooks
+    everywhere = nn.modules.module
+    return bool(own or everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks)
+
+
 def others_choose_what_is_kept() -> bool:
     """Return whether hooks into what autograd keeps are forbidden, or somebody's, as those of checkpointing.
 
@@ -73,7 +85,8 @@ def made_again(result: Tensor, make: Callable[[], Tensor], *, of: Sequence[Tenso
         alike = kept.layout == torch.strided and kept.dtype == dtype and kept._version == version
         if alike and kept.untyped_storage()._cdata == storage:
             return None, kept.shape, kept.stride(), kept.storage_offset()
-        return (_OUTER, outer[0](kept)) if outer else (kept, kept._version)
+        # Detached: a node that keeps its own result would hold on to itself, and nothing could free the two.
+        return (_OUTER, outer[0](kept)) if outer else (kept.detach(), kept._version)
 
     def unpack(packed: Any) -> Tensor:
         kept, *rest = packed

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tinygpt.layers._kept import made_again, others_choose_what_is_kept, takes_own_backward
+from tinygpt.layers._kept import is_plain, made_again, others_choose_what_is_kept, takes_own_backward
 from tinygpt.layers._linear import Linear, uniform_with_std_
 
 
@@ -55,8 +55,7 @@ class ReluSquaredMLP(nn.Module):
 
     def _may_change(self, hidden: Tensor) -> bool:
         """Return whether nobody else may look at what `up_proj` returned."""
-        up = self.up_proj
-        return type(up) is Linear and not (up._forward_hooks or hidden._is_view() or others_choose_what_is_kept())
+        return is_plain(self.up_proj, Linear) and not (hidden._is_view() or others_choose_what_is_kept())
 
 
 class _ReluAndSquare(torch.autograd.Function):

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from tinygpt._numbers import check_real, check_whole
 from tinygpt.errors import ConfigError
-from tinygpt.layers._kept import takes_own_backward
+from tinygpt.layers._kept import others_choose_what_is_kept, takes_own_backward
 
 
 class RotaryEmbedding(nn.Module):
@@ -114,14 +114,20 @@ class RotaryEmbedding(nn.Module):
     def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Rotate `(batch, heads, seq, head_dim)` by what `tables` returned."""
         cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-        if x.requires_grad and takes_own_backward():
+        # Not with learned tables, nor with those of several positions, which may make more rows of one.
+        tables_alone = cos.ndim == 2 and not (cos.requires_grad or sin.requires_grad)
+        if x.requires_grad and tables_alone and takes_own_backward() and not others_choose_what_is_kept():
             turned: Tensor = _Turn.apply(x, cos, sin)  # type: ignore[no-untyped-call]
             return turned
-        first, second = x.chunk(2, dim=-1)
-        return torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1)
+        return _turned(x, cos, sin)
 
     def extra_repr(self) -> str:
         return f"{self.head_dim}, {self.max_seq_len}, base={self.base:g}, clockwise={self.clockwise}"
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1)
 
 
 class _Turn(torch.autograd.Function):
@@ -142,5 +148,7 @@ class _Turn(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
-        turned: Tensor = _Turn.apply(grad, cos, -sin)  # type: ignore[no-untyped-call]
-        return turned, None, None
+        # Private, so asked for: gradients of several results at once (is_grads_batched) take no `out=`.
+        batched = getattr(torch._C._functorch, "is_legacy_batchedtensor", None)
+        turn = _turned if batched is None or batched(grad) else _Turn.apply
+        return turn(grad, cos, -sin), None, None

@@ -1,5 +1,6 @@
 """A table whose gradient on a CPU takes memory for the rows that were looked up alone."""
 
+import contextlib
 import math
 import mmap
 from typing import Any
@@ -58,8 +59,8 @@ class _Rows(torch.autograd.Function):
                 ids, order = token_ids.unique(return_inverse=True)
                 whole[ids] = torch.ops.aten.embedding_dense_backward(grad, order, len(ids), -1, False)
                 return whole, None
-            except (OSError, RuntimeError):  # no memory mapped, or of several gradients at once (is_grads_batched)
-                pass
+            except (OSError, ValueError, OverflowError, MemoryError, RuntimeError):
+                pass  # no memory could be mapped, or there are several gradients at once (is_grads_batched)
         return torch.ops.aten.embedding_dense_backward(grad, token_ids, ctx.shape[0], -1, False), None
 
 
@@ -68,7 +69,8 @@ def _system_zeros(shape: torch.Size, dtype: torch.dtype) -> Tensor:
     # Private: reading a page of shared memory takes it too. Not in huge pages, of which one row takes 2 MiB.
     memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANON)
     if hasattr(mmap, "MADV_NOHUGEPAGE"):
-        memory.madvise(mmap.MADV_NOHUGEPAGE)
+        with contextlib.suppress(OSError):  # of a kernel that has none
+            memory.madvise(mmap.MADV_NOHUGEPAGE)
     return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 

@@ -169,7 +169,7 @@ class MeasuredStep:
         whole = self.gradients
         for grad, size in [] if accumulate else self._unwritten(rows * seq_len):
             ledger.shrink(grad, size)
-            whole -= size
+            whole -= size  # unless the step scales its gradients, to clip them or as targets are masked
         static = self.weights + self.optimizer
         moments = [
             (name, *ledger.highest(start, end))
@@ -194,13 +194,15 @@ class MeasuredStep:
         )
 
     def _unwritten(self, num_tokens: int) -> list[tuple[Tensor, int]]:
-        """Return gradients of tables with the bytes of each that rows without a token do not take on a CPU."""
+        """Return gradients of trained tables with the bytes of each that rows without a token do not take on a CPU."""
+        trained = {id(parameter) for parameter in self._trained}
         tables = [module for module in self.model.modules() if isinstance(module, RowTable)]
         uses = Counter(id(p) for module in self.model.modules() for p in module.parameters(recurse=False))
         return [
             (table.weight.grad, table.unwritten_gradient(num_tokens))
             for table in tables
-            if table.weight.grad is not None and uses[id(table.weight)] == 1 and self.device_type == "cpu"
+            if self.device_type == "cpu" and table.weight.grad is not None
+            if id(table.weight) in trained and uses[id(table.weight)] == 1
         ]
 
     def _overhead(self, ledger: Ledger) -> int:
