@@ -82,8 +82,8 @@ def test_five_training_steps_give_the_recorded_weights(recording: Recording, mod
         if step.index in (0, 4):
             bound = 1e-4 if step.index == 0 else 1e-3
             for name, expected in recording.named(f"after_{step.index + 1}.").items():
-                # A scalar follows the noise of all weights: in float64 one ends 1.3e-3 from what was recorded.
-                tolerance = 5e-3 if step.index == 4 and expected.numel() == 1 else bound
+                # This scalar follows the noise of all weights: in float64 it ends 1.3e-3 from what was recorded.
+                tolerance = 5e-3 if step.index == 4 and name == "smear.scale" else bound
                 error = torch.linalg.vector_norm(model.state_dict()[name] - expected) / torch.linalg.vector_norm(
                     expected
                 )
