@@ -91,7 +91,7 @@ def test_each_way_to_recompute_takes_less_and_rows_take_in_proportion() -> None:
     for what in ("none", "mlp", "block"):
         model.set_activation_checkpointing(what)
         totals.append(training_memory(model, optimizer, rows=4, seq_len=1024).activations)
-    assert totals[0] > 1.25 * totals[1] > 3 * totals[2]
+    assert totals[0] > 1.25 * totals[1] > 2.5 * totals[2]
     model.set_activation_checkpointing("none")
     # Of two rows on all is large enough that norms are made again instead of kept.
     kept = [training_memory(model, optimizer, rows=rows, seq_len=512).activations for rows in (2, 3, 4)]

@@ -1,6 +1,5 @@
 """Causal self-attention with grouped key/value heads, QK norm, a window and value embeddings."""
 
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import torch
@@ -14,7 +13,7 @@ from tinygpt.layers._attend import causal_attention
 from tinygpt.layers._kept import is_hooked, made_again, others_choose_what_is_kept, takes_own_backward
 from tinygpt.layers._kv_cache import LayerCache
 from tinygpt.layers._linear import Linear
-from tinygpt.layers._norm import norm_keeps_input, norm_made_again, rms_norm
+from tinygpt.layers._norm import rms_norm, rms_norm_
 from tinygpt.layers._rotary import RotaryEmbedding
 from tinygpt.layers._row_table import RowTable
 
@@ -133,7 +132,7 @@ class CausalSelfAttention(nn.Module):
                 raise ConfigError("this attention has a value embedding: call it with token_ids=(batch, seq) as well.")
             gate = self.value_gate_scale * torch.sigmoid(self.value_gate(x[..., : self.value_gate.in_features]))
             gate = rearrange(gate, "batch seq kv_heads -> batch kv_heads seq 1")
-            v = v + _times_rows(gate, self.value_embedding, token_ids)
+            v = _plus_rows(v, gate, self.value_embedding, token_ids)
         attend = partial(
             causal_attention if cache is None else cache.attend,
             window_tokens=self.window_tokens,
@@ -144,10 +143,8 @@ class CausalSelfAttention(nn.Module):
             both = self._normed(self._turned(torch.cat((q, k), dim=1), cache))
             y = attend(both[:, : self.num_heads], both[:, self.num_heads :], v)
         else:
-            turned_q, turned_k = self._turned(q, cache), self._turned(k, cache)
-            q, k = self._normed(turned_q), self._normed(turned_k)
-            with self._normed_again(q, turned_q), self._normed_again(k, turned_k):
-                y = attend(q, k, v)
+            q, k = self._normed(self._turned(q, cache)), self._normed(self._turned(k, cache))
+            y = attend(q, k, v)
         return self.o_proj(rearrange(y, _MERGE_HEADS))
 
     def _turned(self, x: Tensor, cache: LayerCache | None) -> Tensor:
@@ -158,14 +155,10 @@ class CausalSelfAttention(nn.Module):
         return self.rope.turn(x, *(self.rope.tables(0, seq) if cache is None else cache.rotation(self.rope, seq)))
 
     def _normed(self, x: Tensor) -> Tensor:
-        return rms_norm(x, eps=self.norm_eps) if self.qk_norm else x
-
-    def _normed_again(self, normed: Tensor, x: Tensor) -> AbstractContextManager[object]:
-        """Return a context in which `normed` is not kept where `x` is."""
-        if not self.qk_norm or not norm_keeps_input(x):
-            return nullcontext()
-        source = x.detach()
-        return norm_made_again(normed, lambda: source, of=[source], eps=self.norm_eps)
+        if not self.qk_norm:
+            return x
+        # What was turned is new, and read by nobody else.
+        return (rms_norm_ if type(self.rope) is RotaryEmbedding else rms_norm)(x, eps=self.norm_eps)
 
     def flops_per_token(self, seq_len: int) -> int:
         """Return forward and backward FLOPs a token of scores and weighted sum, projections not included.
@@ -176,8 +169,8 @@ class CausalSelfAttention(nn.Module):
         return 12 * self.num_heads * self.head_dim * visible
 
 
-def _times_rows(gate: Tensor, table: nn.Embedding, token_ids: Tensor) -> Tensor:
-    """Return the gate `(batch, heads, seq, 1)` times the rows of these tokens, `(batch, heads, seq, head_dim)`.
+def _plus_rows(v: Tensor, gate: Tensor, table: nn.Embedding, token_ids: Tensor) -> Tensor:
+    """Return `v` plus the gate `(batch, heads, seq, 1)` times the rows of these tokens, `(batch, heads, seq, head_dim)`.
 
     The rows are looked up again for the backward pass instead of kept, but where looking up may do something else too.
     """
@@ -191,10 +184,10 @@ def _times_rows(gate: Tensor, table: nn.Embedding, token_ids: Tensor) -> Tensor:
     # A parametrized weight is no parameter, but computed whenever it is asked for.
     looks_up = own in (nn.Embedding.forward, RowTable.forward) and "weight" in table._parameters
     if not looks_up or hooked or table.max_norm is not None or not takes_own_backward() or others_choose_what_is_kept():
-        return gate * rows
+        return torch.addcmul(v, gate, rows)
     weight = table.weight
     with made_again(rows, lambda: split(F.embedding(token_ids, weight)), of=[weight, token_ids]):
-        return gate * rows
+        return torch.addcmul(v, gate, rows)
 
 
 def check_heads(dim: int, num_heads: int, num_kv_heads: int) -> None:

@@ -2,21 +2,24 @@
 
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tinygpt.errors import ConfigError
-from tinygpt.layers._kept import (
-    is_plain,
-    made_again,
-    others_choose_what_is_kept,
-    takes_own_backward,
-    with_its_parameters,
-)
+from tinygpt.layers._kept import computes_plainly, is_plain, made_again, with_its_parameters
 from tinygpt.layers._kv_cache import LayerCache
-from tinygpt.layers._norm import RMSNorm, norm_keeps_input, norm_made_again
+from tinygpt.layers._norm import (
+    RMSNorm,
+    may_be_made_again,
+    norm_factor,
+    norm_gradient,
+    norm_made_again,
+    normalized,
+    norms_by_itself,
+)
 
 
 class Block(nn.Module):
@@ -34,8 +37,7 @@ class Block(nn.Module):
         x0_scale: First value of `b`; `None` leaves the term out.
 
     Attributes:
-        recompute_mlp: Whether the backward pass computes the inside of `mlp` again instead of keeping it, and, for next
-            to nothing, the norm before the attention.
+        recompute_mlp: Whether the backward pass computes the inside of `mlp` again instead of keeping it.
 
     References:
         The two scalars are modded-nanogpt's residual and x0 lambdas.
@@ -91,60 +93,99 @@ class Block(nn.Module):
         Raises:
             ConfigError: If `x0` is needed and missing.
         """
-        x, normed, again = self._enter(x, x0)
+        ours = self._mixes_and_norms(x)
+        x, normed, again = self._enter(x, x0, ours)
         with again:
-            x = x + self.attention(normed, token_ids=token_ids, cache=cache)
-        normed = self.mlp_norm(x)
+            x = _plus(x, self.attention(normed, token_ids=token_ids, cache=cache), in_place=ours)
+        norm, again = self.mlp_norm, nullcontext()
+        normed = norm(x)
+        plain = is_plain(norm, RMSNorm)
+        if plain and norm.weight is not None and torch.is_grad_enabled():
+            source = x.detach()
+            again = norm_made_again(normed, lambda: source, of=[source], weight=norm.weight, eps=norm.eps)
         if self.recompute_mlp and torch.is_grad_enabled():
             # It stops as soon as it has what was not kept, so the last product in `mlp` is not repeated.
-            return x + checkpoint(with_its_parameters(self.mlp), normed, use_reentrant=False)
-        if not _may_norm_again(self.mlp_norm, x):
-            return x + self.mlp(normed)
-        source = x.detach()
-        norm = self.mlp_norm
-        with norm_made_again(normed, lambda: source, of=[source], weight=norm.weight, eps=norm.eps):
-            return x + self.mlp(normed)
+            added = checkpoint(with_its_parameters(self.mlp), normed, use_reentrant=False)
+        else:
+            with again:
+                added = self.mlp(normed)
+        # A plain norm with a weight keeps what it was given, and any other may do so.
+        return _plus(x, added, in_place=ours and plain and norm.weight is None)
 
-    def _enter(self, x: Tensor, x0: Tensor | None) -> tuple[Tensor, Tensor, AbstractContextManager[object]]:
+    def _mixes_and_norms(self, x: Tensor) -> bool:
+        """Return whether stream and norm come from one function, so that nobody else knows that stream.
+
+        Without a factor the stream would not be kept anyway.
+        """
+        norm = self.attention_norm
+        fit = is_plain(norm, RMSNorm) and norm.weight is None and self.residual_scale is not None
+        return fit and norms_by_itself(x)
+
+    def _enter(
+        self, x: Tensor, x0: Tensor | None, at_once: bool
+    ) -> tuple[Tensor, Tensor, AbstractContextManager[object]]:
         """Return the stream with its share of `x0`, its norm, and the context in which the norm is read."""
         norm, scales = self.attention_norm, (self.residual_scale, self.x0_scale)
-        again = _may_norm_again(norm, x)
-        # Another norm in its place may draw random numbers, or follow an autocast that is over by then.
-        repeatable = takes_own_backward() and type(norm) is RMSNorm and not others_choose_what_is_kept()
-        if not again and not (self.recompute_mlp and repeatable):
+        if not at_once and not (is_plain(norm, RMSNorm) and norm.weight is not None and may_be_made_again(x)):
             x = _mix(x, x0, *scales)
             return x, norm(x), nullcontext()
-        entered = x.detach()
-        of = [each for each in (entered, x0, *scales, *norm.parameters()) if each is not None]
-        if again:
-            mix = partial(_mix, entered, x0, *scales)
+        mix = partial(_mix, x.detach(), x0, *scales)
+        of = [each for each in (x.detach(), x0, *scales) if each is not None]
+        if at_once:
+            x, normed = _MixAndNorm.apply(x, x0, *scales, norm.eps)  # type: ignore[no-untyped-call]
+        else:
             x = _mix(x, x0, *scales)
-            with made_again(x, mix, of=of):
+            with made_again(x, mix, of=[*of, norm.weight]):
                 normed = norm(x)
-            return x, normed, norm_made_again(normed, mix, of=of, weight=norm.weight, eps=norm.eps)
-
-        def enter(x: Tensor, x0: Tensor | None) -> tuple[Tensor, Tensor]:
-            x = _mix(x, x0, self.residual_scale, self.x0_scale)
-            return x, norm(x)
-
-        enter = with_its_parameters(self, enter)
-        x, normed = checkpoint(enter, x, x0, use_reentrant=False, preserve_rng_state=False)
-        return x, normed, made_again(normed, lambda: enter(entered, x0)[1], of=of)
+        return x, normed, norm_made_again(normed, mix, of=of, weight=norm.weight, eps=norm.eps)
 
 
 def _mix(x: Tensor, x0: Tensor | None, residual_scale: Tensor | None, x0_scale: Tensor | None) -> Tensor:
-    if residual_scale is not None:
-        x = residual_scale.to(x.dtype) * x
-    if x0_scale is not None:
-        if x0 is None:
-            raise ConfigError("this Block has an x0_scale: call it with x0=(batch, seq, dim), the embedded input.")
-        x = x + x0_scale.to(x.dtype) * x0
-    return x
+    scaled = x if residual_scale is None else residual_scale.to(x.dtype) * x
+    if x0_scale is None:
+        return scaled
+    if x0 is None:
+        raise ConfigError("this Block has an x0_scale: call it with x0=(batch, seq, dim), the embedded input.")
+    in_place = scaled is not x and not torch.is_grad_enabled()
+    return (scaled.addcmul_ if in_place else scaled.addcmul)(x0, x0_scale.to(x.dtype))
 
 
-def _may_norm_again(norm: RMSNorm, x: Tensor) -> bool:
-    """Return whether the norm is no more than an `RMSNorm`, keeps its input, and its result may be made again."""
-    return is_plain(norm, RMSNorm) and norm_keeps_input(x, norm.weight)
+def _plus(x: Tensor, added: Tensor, *, in_place: bool) -> Tensor:
+    return x.add_(added) if in_place else x + added
+
+
+class _MixAndNorm(torch.autograd.Function):
+    """The stream with its share of `x0`, and the norm of that, of which nothing but the stream before is kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, x0: Tensor | None, residual_scale: Tensor, x0_scale: Tensor | None, eps: float | None
+    ) -> tuple[Tensor, Tensor]:
+        mixed = _mix(x, x0, residual_scale, x0_scale)
+        normed, factor = normalized(mixed, eps)
+        ctx.save_for_backward(x, x0, residual_scale, x0_scale, factor)
+        ctx.eps = eps
+        return mixed, normed
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, grad_normed: Tensor) -> tuple[Tensor | None, ...]:
+        x, x0, residual_scale, x0_scale, factor = ctx.saved_tensors
+        mixed = _mix(x, x0, residual_scale, x0_scale)
+        if computes_plainly(grad):
+            factor = norm_factor(mixed, ctx.eps)
+            through = grad + norm_gradient(grad_normed, (mixed * factor).to(x.dtype), factor).to(x.dtype)
+            spare = None
+        else:
+            spare = mixed.mul_(factor)
+            through = norm_gradient(grad_normed, spare, factor).to(x.dtype).add_(grad)
+        grads: list[Tensor | None] = [None, None]
+        for index, of in enumerate((x, x0)):
+            if ctx.needs_input_grad[2 + index]:
+                grads[index] = torch.mul(through, of, out=spare).sum(dtype=factor.dtype).view(1)
+        needs_x, needs_x0, *_ = ctx.needs_input_grad
+        grad_x0 = x0_scale.to(x.dtype) * through if needs_x0 and x0_scale is not None else None
+        grad_x = (through.mul if spare is None else through.mul_)(residual_scale.to(x.dtype)) if needs_x else None
+        return grad_x, grad_x0, *grads, None
 
 
 class Backout(nn.Module):

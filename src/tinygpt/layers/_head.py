@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from tinygpt._numbers import check_real, check_whole, given
 from tinygpt.errors import ConfigError
+from tinygpt.layers._kept import graph_stays
 from tinygpt.layers._linear import Linear
 
 # Logits of a chunk, in elements; about four tensors of this size exist at once. On a GPU 2**25, which are 128 MiB of
@@ -104,9 +105,8 @@ class LMHead(Linear):
             return self.token_losses(x, targets).sum(), (targets != self.ignore_index).sum()
         self._check(x, targets)
         hidden, flat = x.reshape(-1, x.shape[-1]), targets.reshape(-1)
-        weight = self.weight[: self.vocab_size]
-        options = (self.soft_cap, self.chunk_size(x.device), self.ignore_index)
-        total = _ChunkedLoss.apply(hidden, weight, flat, *options)  # type: ignore[no-untyped-call]
+        options = (self.vocab_size, self.soft_cap, self.chunk_size(x.device), self.ignore_index)
+        total = _ChunkedLoss.apply(hidden, self.weight, flat, *options)  # type: ignore[no-untyped-call]
         return total, (flat != self.ignore_index).sum()
 
     @torch.no_grad()
@@ -232,13 +232,22 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, master: Tensor, targets: Tensor, soft_cap: float | None, chunk: int, ignore_index: int
+        ctx: Any,
+        x: Tensor,
+        master: Tensor,
+        targets: Tensor,
+        vocab_size: int,
+        soft_cap: float | None,
+        chunk: int,
+        ignore_index: int,
     ) -> Tensor:
-        weight = master.to(x.dtype)
+        weight = master[:vocab_size].to(x.dtype)
         needs_x, needs_weight = ctx.needs_input_grad[:2]
         grad_x = torch.empty_like(x) if needs_x else None
         # In the dtype of the master weight: many chunks add up here, each product rounded to bfloat16 at most.
-        grad_weight = torch.zeros_like(master) if needs_weight else None
+        # Padding included, so that autograd has no reason to copy it.
+        padded_grad = torch.zeros_like(master) if needs_weight else None
+        grad_weight = None if padded_grad is None else padded_grad[:vocab_size]
         total = torch.zeros((), device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
         for rows in _slices(len(targets), chunk):
             part, target = x[rows], targets[rows]
@@ -264,25 +273,27 @@ class _ChunkedLoss(torch.autograd.Function):
                     grad_weight.addmm_(grad.T, scaled)
                 else:
                     grad_weight += grad.T @ scaled
-        ctx.save_for_backward(grad_x, grad_weight)
+        if torch.compiler.is_compiling():
+            ctx.save_for_backward(grad_x, padded_grad)
+        else:
+            ctx.save_for_backward(total)  # with which torch refuses a second backward pass over a graph that is gone
+            ctx.grads = grad_x, padded_grad
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, ...]:
-        grad_x, grad_weight = ctx.saved_tensors
-        if grad_x is not None:
-            grad_x = _scaled(grad_x, grad_total)
-        if grad_weight is not None:
-            grad_weight = _scaled(grad_weight, grad_total)
-        return grad_x, grad_weight, None, None, None, None
+        saved, stays = ctx.saved_tensors, graph_stays()
+        grads = saved if torch.compiler.is_compiling() else ctx.grads
+        if not stays:
+            # This is where memory is highest: all that the blocks kept is still there, and the weight's gradient is a
+            # large one. So it is changed in place, and nothing else refers to it, else autograd would copy it.
+            ctx.grads = None
+        grad_x, grad_weight = (_times(grad, grad_total, in_place=not stays) for grad in grads)
+        return grad_x, grad_weight, None, None, None, None, None
 
 
-def _scaled(grad: Tensor, factor: Tensor) -> Tensor:
-    """Multiply a gradient, in place unless the graph stays for another backward pass.
-
-    This is where memory is highest: all that the blocks kept is still there, and the weight's gradient is a large one.
-    """
-    kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
-    factor = factor.to(grad.dtype)
-    return grad * factor if torch.compiler.is_compiling() or kept() else grad.mul_(factor)
+def _times(grad: Tensor | None, factor: Tensor, *, in_place: bool) -> Tensor | None:
+    if grad is None:
+        return None
+    return grad.mul_(factor.to(grad.dtype)) if in_place else grad * factor.to(grad.dtype)

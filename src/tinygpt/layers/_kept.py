@@ -25,6 +25,19 @@ def takes_own_backward() -> bool:
     )
 
 
+def computes_plainly(grad: Tensor) -> bool:
+    """Return whether a backward pass has to do without results written in place: it is differentiated, or batched."""
+    # Private, so asked for: gradients of several results at once (is_grads_batched) take no `out=`.
+    batched = getattr(torch._C._functorch, "is_legacy_batchedtensor", None)
+    return torch.is_grad_enabled() or batched is None or batched(grad)
+
+
+def graph_stays() -> bool:
+    """Return whether the backward pass that runs leaves its graph, and all that it keeps, for another one."""
+    kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return torch.compiler.is_compiling() or kept is None or bool(kept())
+
+
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Return whether a module is of this very class, and nothing else happens when it is called."""
     return type(module) is kind and "forward" not in module.__dict__ and not is_hooked(module)
@@ -57,6 +70,18 @@ def _hooks() -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] | None:
 def _are_ours(hooks: tuple[Any, Any] | None) -> bool:
     # Not every callable tells where it is from: methods of torch's own tensors do not.
     return hooks is not None and getattr(hooks[0], "__module__", None) == __name__
+
+
+def empty_with_room(like: Tensor) -> Tensor:
+    """Return memory for a result of this shape and dtype, on a CPU with a little to spare.
+
+    Before glibc 2.38 an aligned block never fits into the place of a freed one of the same size, and next to what is
+    kept for the backward pass each such place stays a hole.
+    """
+    if like.device.type != "cpu" or not like.is_contiguous():
+        return torch.empty_like(like)
+    # Made smaller, and not a part of it: autograd lets nobody change a view that a function returns.
+    return like.new_empty(like.numel() + _ROOM // like.element_size()).resize_(like.shape)
 
 
 def made_again(result: Tensor, make: Callable[[], Tensor], *, of: Sequence[Tensor] = ()) -> saved_tensors_hooks:
@@ -124,6 +149,7 @@ def with_its_parameters(module: nn.Module, function: Callable[..., Any] | None =
     return repeatable
 
 
+_ROOM = 1024  # bytes
 _OUTER = object()
 _REPLACED = (
     "the backward pass computes a layer again, which no longer has the parameters of the forward pass; for "

@@ -6,7 +6,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tinygpt.layers._kept import is_plain, made_again, others_choose_what_is_kept, takes_own_backward
+from tinygpt.layers._kept import (
+    computes_plainly,
+    empty_with_room,
+    graph_stays,
+    is_plain,
+    made_again,
+    others_choose_what_is_kept,
+    takes_own_backward,
+)
 from tinygpt.layers._linear import Linear, uniform_with_std_
 
 
@@ -50,12 +58,17 @@ class ReluSquaredMLP(nn.Module):
         del hidden
         if others_choose_what_is_kept():
             return self.down_proj(square)
-        with made_again(square, relu.detach().square):
+        kept = relu.detach()
+        with made_again(square, lambda: _square(kept)):
             return self.down_proj(square)
 
     def _may_change(self, hidden: Tensor) -> bool:
         """Return whether nobody else may look at what `up_proj` returned."""
         return is_plain(self.up_proj, Linear) and not (hidden._is_view() or others_choose_what_is_kept())
+
+
+def _square(x: Tensor) -> Tensor:
+    return torch.square(x, out=empty_with_room(x))
 
 
 class _ReluAndSquare(torch.autograd.Function):
@@ -68,11 +81,13 @@ class _ReluAndSquare(torch.autograd.Function):
         relu = x.relu_() if in_place else F.relu(x)
         ctx.save_for_backward(relu)
         ctx.set_materialize_grads(False)
-        return relu, relu.square()
+        return relu, _square(relu)
 
     @staticmethod
     def backward(ctx: Any, grad_relu: Tensor | None, grad_square: Tensor | None) -> tuple[Tensor | None, None]:
         (relu,) = ctx.saved_tensors
+        if not (grad_square is None or grad_relu is not None or computes_plainly(grad_square) or graph_stays()):
+            return relu.mul_(grad_square).mul_(2.0), None  # read for the last time
         grad = None if grad_square is None else (grad_square * relu).mul_(2.0)
         if grad_relu is not None:  # in the second of two backward passes alone
             through = grad_relu * (relu > 0)

@@ -10,7 +10,13 @@ from torch.nn import functional as F
 
 from tinygpt._numbers import check_real, check_whole, given
 from tinygpt.errors import ConfigError
-from tinygpt.layers._kept import made_again, others_choose_what_is_kept, takes_own_backward
+from tinygpt.layers._kept import (
+    computes_plainly,
+    empty_with_room,
+    made_again,
+    others_choose_what_is_kept,
+    takes_own_backward,
+)
 
 _LARGE = 2**20  # bytes; what is smaller is sooner kept than looked at
 
@@ -18,8 +24,8 @@ _LARGE = 2**20  # bytes; what is smaller is sooner kept than looked at
 class RMSNorm(nn.Module):
     """`x / sqrt(mean(x**2) + eps)` over the last axis, without a learned weight unless asked for.
 
-    Without a weight, and in other dtypes than float32, the result is kept for the backward pass and not the input:
-    whatever multiplies the result keeps it anyway, so the norm costs no memory. To change that result in place is an
+    Without a weight the result is kept for the backward pass and not the input: whatever multiplies the result keeps it
+    anyway, so the norm costs no memory. To change that result in place is an
     error in the backward pass.
 
     Args:
@@ -62,23 +68,30 @@ class RMSNorm(nn.Module):
 
 
 def rms_norm(x: Tensor, *, eps: float | None = None) -> Tensor:
-    """Return what `F.rms_norm` returns over the last axis, to the bit, and keep the result for the backward pass.
-
-    Not in float32, where torch's own backward pass is taken: its roundings are those of other implementations, and
-    others show after a few steps in the scalars.
-    """
-    fused = x.dtype != torch.float32 and hasattr(torch.ops.aten, "_fused_rms_norm")
-    if fused and x.requires_grad and takes_own_backward():
-        normed: Tensor = _RMSNorm.apply(x, eps)[0]  # type: ignore[no-untyped-call]
+    """Return what `F.rms_norm` returns over the last axis, to the bit, and keep the result for the backward pass."""
+    if x.requires_grad and norms_by_itself(x):
+        normed: Tensor = _RMSNorm.apply(x, eps, False)[0]  # type: ignore[no-untyped-call]
         return normed
     return _norm(x, None, eps)
 
 
-def norm_keeps_input(x: Tensor, weight: Tensor | None = None) -> bool:
-    """Return whether autograd keeps the input of this norm, and a large one, so that the result may be made again."""
-    if not takes_own_backward() or others_choose_what_is_kept():  # first: under the compiler sizes may be symbols
-        return False
-    return x.requires_grad and (x.dtype == torch.float32 or weight is not None) and x.nbytes >= _LARGE
+def rms_norm_(x: Tensor, *, eps: float | None = None) -> Tensor:
+    """Return `rms_norm`, in the memory of `x` where gradients are asked for; only for what nobody else reads."""
+    if x.requires_grad and norms_by_itself(x):
+        normed: Tensor = _RMSNorm.apply(x, eps, True)[0]  # type: ignore[no-untyped-call]
+        return normed
+    return _norm(x, None, eps)
+
+
+def norms_by_itself(x: Tensor) -> bool:
+    """Return whether norms without a weight have the backward pass below, which reads their results alone."""
+    return takes_own_backward() and hasattr(torch.ops.aten, "_fused_rms_norm")
+
+
+def may_be_made_again(x: Tensor) -> bool:
+    """Return whether a result of this size pays for being made again, and others let it be."""
+    # First what asks for the compiler, under which sizes may be symbols.
+    return takes_own_backward() and not others_choose_what_is_kept() and x.nbytes >= _LARGE
 
 
 def norm_made_again(
@@ -90,10 +103,57 @@ def norm_made_again(
     eps: float | None = None,
 ) -> AbstractContextManager[object]:
     """Return a context in which the result of a norm is not kept: `made_again`, where `make` makes the norm's input."""
-    if normed.dtype != of[0].dtype:  # that of an autocast, which is over by then
+    if normed.dtype != of[0].dtype or not may_be_made_again(normed):  # of another dtype in an autocast, over by then
         return nullcontext()
     of = [*of] if weight is None else [*of, weight]
-    return made_again(normed, lambda: _norm(make(), weight, eps), of=of)
+    return made_again(
+        normed, lambda: normalized(make(), eps)[0] if weight is None else _norm(make(), weight, eps), of=of
+    )
+
+
+def normalized(x: Tensor, eps: float | None, *, in_place: bool = False) -> tuple[Tensor, Tensor]:
+    """Return the norm of `(..., dim)` and its factor `(..., 1)`, without gradients."""
+    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64):
+        normed, factor = torch.ops.aten._fused_rms_norm(x, [x.shape[-1]], None, eps)
+        return (x.copy_(normed) if in_place else normed), factor
+    # What torch does there as well, with a third of the memory.
+    eps = _eps(x, eps)
+    if not in_place:
+        square = torch.square(x, out=empty_with_room(x))
+        factor = square.mean(dim=-1, keepdim=True).add_(eps).rsqrt_()
+        return torch.mul(x, factor, out=square), factor
+    factors = []
+    for part in x.split(-(-x.shape[-2] // 8), dim=-2):
+        factors.append(part.square().mean(dim=-1, keepdim=True).add_(eps).rsqrt_())
+        part.mul_(factors[-1])
+    return x, torch.cat(factors, dim=-2)
+
+
+def norm_factor(x: Tensor, eps: float | None) -> Tensor:
+    """Return the factor `(..., 1)` of the norm of `(..., dim)`, with gradients."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (wide.square().mean(dim=-1, keepdim=True) + _eps(wide, eps)).rsqrt()
+
+
+def _eps(x: Tensor, eps: float | None) -> float:
+    return torch.finfo(x.dtype).eps if eps is None else eps
+
+
+def norm_gradient(grad: Tensor, normed: Tensor, factor: Tensor) -> Tensor:
+    """Return the gradient of a norm's input, in the dtype of its factor or its own, from that of its result."""
+    plainly = computes_plainly(grad)
+    if normed.is_cuda and not plainly:
+        # The kernel of the plain norm, for an input that is normalized already; it sums in float32.
+        ones = torch.ones_like(factor)
+        kernel = torch.ops.aten._fused_rms_norm_backward
+        dx: Tensor = kernel(grad, normed, [normed.shape[-1]], ones, None, [True, False])[0]
+        return dx.mul_(factor)
+    g, y = grad.to(factor.dtype), normed.to(factor.dtype)
+    product = g * y
+    mean = product.mean(dim=-1, keepdim=True)
+    if plainly:
+        return torch.addcmul(g, y, mean, value=-1.0) * factor
+    return torch.addcmul(g, y, mean, value=-1.0, out=product).mul_(factor)
 
 
 def _norm(x: Tensor, weight: Tensor | None, eps: float | None) -> Tensor:
@@ -104,27 +164,19 @@ class _RMSNorm(torch.autograd.Function):
     """Norm and its factor `(..., 1)`: `y = factor * x`, and `dx = factor * (dy - y * mean(dy * y))`."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, eps: float | None) -> tuple[Tensor, Tensor]:
-        y, factor = torch.ops.aten._fused_rms_norm(x, [x.shape[-1]], None, eps)
+    def forward(ctx: Any, x: Tensor, eps: float | None, in_place: bool) -> tuple[Tensor, Tensor]:
+        if in_place:
+            ctx.mark_dirty(x)
+        y, factor = normalized(x, eps, in_place=in_place)
         ctx.save_for_backward(y, factor)
         ctx.set_materialize_grads(False)
         return y, factor
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, grad_factor: Tensor | None) -> tuple[Tensor | None, None]:
+    def backward(ctx: Any, grad: Tensor | None, grad_factor: Tensor | None) -> tuple[Tensor | None, None, None]:
         y, factor = ctx.saved_tensors
-        if grad is None and grad_factor is None:
-            return None, None
-        if y.is_cuda and grad is not None and grad_factor is None and not torch.is_grad_enabled():
-            # The kernel of the plain norm, for an input that is normalized already; it sums in float32.
-            ones = torch.ones_like(factor)
-            dx: Tensor = torch.ops.aten._fused_rms_norm_backward(grad, y, [y.shape[-1]], ones, None, [True, False])[0]
-            return dx.mul_(factor), None
-        wide = factor.dtype
-        result = torch.zeros_like(y, dtype=wide)
-        if grad is not None:
-            g, z = grad.to(wide), y.to(wide)
-            result = torch.addcmul(g, z, (g * z).mean(dim=-1, keepdim=True), value=-1.0) * factor
+        result = None if grad is None else norm_gradient(grad, y, factor)
         if grad_factor is not None:  # in the second of two backward passes alone
-            result = result - grad_factor * factor.square() * y.to(wide) / y.shape[-1]
-        return result.to(y.dtype), None
+            through = -grad_factor * factor.square() * y.to(factor.dtype) / y.shape[-1]
+            result = through if result is None else result + through
+        return None if result is None else result.to(y.dtype), None, None

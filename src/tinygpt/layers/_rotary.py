@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from tinygpt._numbers import check_real, check_whole
 from tinygpt.errors import ConfigError
-from tinygpt.layers._kept import others_choose_what_is_kept, takes_own_backward
+from tinygpt.layers._kept import computes_plainly, others_choose_what_is_kept, takes_own_backward
 
 
 class RotaryEmbedding(nn.Module):
@@ -130,25 +130,28 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1)
 
 
+def _turned_into(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Return the same, in a fourth of the memory for what lies between."""
+    turned = torch.empty_like(x)
+    (first, second), (new_first, new_second) = x.chunk(2, dim=-1), turned.chunk(2, dim=-1)
+    torch.mul(first, cos, out=new_first)
+    part = second * sin
+    new_first.sub_(part)
+    torch.mul(first, sin, out=new_second)
+    new_second.add_(torch.mul(second, cos, out=part))
+    return turned
+
+
 class _Turn(torch.autograd.Function):
-    """The rotation with a fourth of the memory for what lies between; its derivative is the rotation back."""
+    """The rotation; its derivative is the rotation back."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        turned = torch.empty_like(x)
-        (first, second), (new_first, new_second) = x.chunk(2, dim=-1), turned.chunk(2, dim=-1)
-        torch.mul(first, cos, out=new_first)
-        part = second * sin
-        new_first.sub_(part)
-        torch.mul(first, sin, out=new_second)
-        new_second.add_(torch.mul(second, cos, out=part))
-        return turned
+        return _turned_into(x, cos, sin)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
-        # Private, so asked for: gradients of several results at once (is_grads_batched) take no `out=`.
-        batched = getattr(torch._C._functorch, "is_legacy_batchedtensor", None)
-        turn = _turned if batched is None or batched(grad) else _Turn.apply
+        turn = _turned if computes_plainly(grad) else _turned_into
         return turn(grad, cos, -sin), None, None

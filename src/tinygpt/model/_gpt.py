@@ -293,8 +293,7 @@ class GPT(PretrainedFiles):
         """Set what the backward pass computes again instead of keeping it from the forward pass.
 
         Loss and gradients stay the same. `"mlp"` drops the hidden layer of each feed-forward layer, the largest thing
-        that is kept, for one more product of three in it, and the norm before the attention. `"block"` drops everything
-        but the input of each block, for a second forward pass. After `torch.func.functional_call`, which takes its
+        that is kept, for one more product of three in it. `"block"` drops everything but the input of each block, for a second forward pass. After `torch.func.functional_call`, which takes its
         parameters away again, both end the backward pass with an error.
 
         Args:
