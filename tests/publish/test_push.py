@@ -82,6 +82,8 @@ def test_only_model_tokenizer_and_card_leave_a_checkpoint(run: Path, tmp_path: P
     (copy / "config.json").unlink()
     with pytest.raises(CheckpointError, match=r"is no model: it lacks config\.json"):
         files_to_push(copy)
+    with pytest.raises(CheckpointError, match=r"there is no folder .*gone; give a checkpoint or a saved model"):
+        files_to_push(tmp_path / "gone")
 
 
 def test_a_card_of_ones_own_goes_as_it_is(run: Path, hub: HubServer, client: HubClient, tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """One model to the Hub, with its card and the picture of its run."""
 
-import json
 import logging
 import shutil
 import tempfile
@@ -34,9 +33,11 @@ def files_to_push(model: str | Path) -> list[Path]:
         model: A checkpoint, or a folder that `save_pretrained` wrote.
 
     Raises:
-        CheckpointError: If there is no model in it.
+        CheckpointError: If there is no such folder, or no model in it.
     """
     folder = Path(model)
+    if not folder.is_dir():
+        raise CheckpointError(f"there is no folder {folder}; give a checkpoint or a saved model.")
     files = sorted(
         path
         for path in folder.iterdir()
@@ -178,23 +179,13 @@ def write_card(
 
 def _draw(record: RunRecord, folder: Path) -> bool:
     """Draw the run up to these weights; return whether there is a picture."""
-    from tinygpt.report import plot_run
+    from tinygpt.report._run import draw_records, drawable_steps
 
-    numbers = ("loss", "lr", "weight_decay")
-    lines = [
-        line
-        for line in record.metrics
-        if line.get("event") != "step" or all(isinstance(line.get(name), int | float) for name in numbers)
-    ]
-    if not any(line.get("event") == "step" for line in lines):
+    if not drawable_steps(record.metrics):
         return False
-    own = folder / ".metrics.jsonl"  # the run may be further on by now
-    own.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     try:
-        plot_run(own, folder / PICTURE_FILE, title=record.name)
+        draw_records(record.metrics, folder / PICTURE_FILE, title=record.name)
     except MissingDependencyError as error:
         logger.info("the card gets no picture: %s", error)
         return False
-    finally:
-        own.unlink()
     return True
