@@ -76,6 +76,7 @@ class TaskResults:
         try:
             record = json.loads(path.read_text("utf-8"))
             version, key, marks, cropped = (record[k] for k in ("format_version", "key", "correct", "num_cropped"))
+            self.num_cropped = int(cropped)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(f"{path} is damaged ({error!r}); delete it to ask these items again.") from None
         if version != _FORMAT_VERSION or not isinstance(key, dict):
@@ -86,7 +87,6 @@ class TaskResults:
         if not isinstance(marks, str) or len(marks) != len(self.correct) or set(marks) - set("01."):
             raise DataError(f"{path} is damaged: its answers do not fit the task; delete it to ask these items again.")
         self.correct = [None if mark == "." else mark == "1" for mark in marks]
-        self.num_cropped = int(cropped)
 
 
 def model_fingerprint(model: LogitsModel) -> str:
