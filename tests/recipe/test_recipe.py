@@ -530,3 +530,16 @@ def test_rows_may_be_left_to_the_machine(tmp_path: Path) -> None:
 def test_no_memory_is_refused() -> None:
     with pytest.raises(ConfigError, match="memory_bytes=0 is no memory to train in"):
         tiny().plan(memory_bytes=0)
+
+
+def test_a_manifest_of_another_program_makes_a_folder_of_text_no_shards(tmp_path: Path) -> None:
+    folder = tmp_path / "books"
+    folder.mkdir()
+    (folder / "a.txt").write_text("text " * 100)
+    for content in ("[]", "no JSON", '{"kind": "of another"}'):
+        (folder / "manifest.json").write_text(content)
+        tiny(data={**TINY["data"], "train": str(folder), "validation": "embedded"}).check(tmp_path / "run")
+    tokenize_documents(TextDocuments(["some text"]), ByteTokenizer(), tmp_path / "shards", processes=1)
+    (tmp_path / "shards" / "manifest.json").write_text("[]")
+    with pytest.raises(DataError, match=r"manifest\.json is damaged or from another version"):
+        tiny(data={**TINY["data"], "train": str(tmp_path / "shards")}).check(tmp_path / "run")

@@ -99,10 +99,9 @@ def _has(*names: str) -> Callable[[Path], bool]:
 
 
 def _is_shards(path: Path) -> bool:
-    from tinygpt.manifest import MANIFEST_FILE, read_json
+    from tinygpt.data._shards import holds_shards
 
-    file = path / MANIFEST_FILE
-    return file.is_file() and read_json(file).get("kind") == "tinygpt token shards"
+    return holds_shards(path)
 
 
 def _run(path: Path) -> Facts:
@@ -119,7 +118,7 @@ def _run(path: Path) -> Facts:
     checkpoints = list_checkpoints(path / "checkpoints")
     facts["checkpoints"] = {folder.name: _damage(folder) or "whole" for folder in checkpoints}
     whole = [folder for folder in checkpoints if facts["checkpoints"][folder.name] == "whole"]
-    return {**facts, **(_checkpoint(whole[-1]) if whole else {})}
+    return {**facts, **(_whole_checkpoint(whole[-1]) if whole else {})}
 
 
 def _damage(folder: Path) -> str:
@@ -131,9 +130,12 @@ def _damage(folder: Path) -> str:
 
 
 def _checkpoint(path: Path) -> Facts:
-    if damage := _damage(path):
-        return {"state": damage}
-    state = load_state(path)
+    damage = _damage(path)
+    return {"state": damage} if damage else _whole_checkpoint(path)
+
+
+def _whole_checkpoint(path: Path) -> Facts:
+    state = load_state(path, verified=True)
     facts: Facts = {"state": "whole", "step": state.get("next_step"), "tokens": state.get("tokens")}
     facts["optimizer"] = state.get("optimizer_class")
     loader = state.get("loader") or {}

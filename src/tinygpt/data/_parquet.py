@@ -42,7 +42,7 @@ class ParquetFormat:
             if not self._has_column(table.schema_arrow, name, faults):
                 return
             groups = table.metadata.num_row_groups
-            group = cursor_number(place, "row_group", groups) if place else 0
+            group = cursor_number(place, "row_group", groups - 1) if place else 0
             start = cursor_number(place, "row", table.metadata.row_group(group).num_rows) if place else 0
             for number in range(group, groups):
                 for row, text in self._rows(table, number, start, name, faults):

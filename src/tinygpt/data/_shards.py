@@ -16,10 +16,10 @@ import numpy.typing as npt
 from tinygpt.config import Config
 from tinygpt.data._documents import Cursor, cursor_number
 from tinygpt.data._packing import TokenArray
-from tinygpt.errors import ConfigError, DataError
+from tinygpt.errors import CheckpointError, ConfigError, DataError
+from tinygpt.manifest import MANIFEST_FILE, read_json
 from tinygpt.tokenizer import Tokenizer, load_tokenizer
 
-MANIFEST_FILE = "manifest.json"
 TOKENIZER_FOLDER = "tokenizer"
 
 # How many offsets become Python integers at a time.
@@ -203,6 +203,15 @@ class TokenShards:
                 tokens = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype=self.dtype)
         self._mapped = (index, tokens, offsets)
         return tokens, offsets
+
+
+def holds_shards(folder: Path) -> bool:
+    """Return whether a folder is one of token shards, whole or not; other programs write a manifest.json as well."""
+    try:
+        kind = read_json(folder / MANIFEST_FILE).get("kind")
+    except CheckpointError:
+        return shard_files(folder, 0)[0].exists()
+    return kind == Manifest.model_fields["kind"].default
 
 
 def shard_files(folder: Path, index: int) -> tuple[Path, Path]:

@@ -14,7 +14,6 @@ from tinygpt._numbers import check_whole
 from tinygpt.config import Config
 from tinygpt.data._documents import Cursor, DocumentSource
 from tinygpt.data._shards import (
-    MANIFEST_FILE,
     TOKENIZER_FOLDER,
     Manifest,
     ShardEntry,
@@ -23,6 +22,7 @@ from tinygpt.data._shards import (
     shard_files,
 )
 from tinygpt.errors import ConfigError, DataError
+from tinygpt.manifest import MANIFEST_FILE
 from tinygpt.tokenizer import EncodedTexts, EncoderPool, Tokenizer
 
 _UNFINISHED_FILE = "unfinished.json"

@@ -12,8 +12,8 @@ from tinygpt.data import (
     hash_split,
     open_source,
 )
+from tinygpt.data._shards import holds_shards
 from tinygpt.errors import ConfigError
-from tinygpt.manifest import MANIFEST_FILE, read_json
 from tinygpt.recipe._sections import EMBEDDED, DataRecipe, TokenizerRecipe
 from tinygpt.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, train_bpe
 
@@ -22,8 +22,7 @@ Source = DocumentSource | TokenShards
 
 def is_shards(path: str) -> bool:
     """Return whether a path is a folder of token shards."""
-    manifest = Path(path) / MANIFEST_FILE
-    return path != EMBEDDED and manifest.is_file() and read_json(manifest).get("kind") == "tinygpt token shards"
+    return path != EMBEDDED and holds_shards(Path(path))
 
 
 def open_text(path: str, data: DataRecipe) -> DocumentSource:
