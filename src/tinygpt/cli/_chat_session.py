@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from tinygpt.errors import ConfigError, DataError
+from tinygpt.errors import ConfigError, DataError, TinyGPTError
 from tinygpt.generate import Engine, GenerationConfig
 from tinygpt.model import GPT
 from tinygpt.tokenizer import ChatTemplate, Message, Tokenizer
@@ -87,16 +87,29 @@ class Session:
         return self._continue(text)
 
     def retry(self) -> Iterator[str]:
-        """Yield another answer to the last message, in place of the last one.
+        """Yield another answer to the last message, in place of the last one, which stays if nothing is yielded.
 
         Raises:
             ConfigError: If there is none.
         """
         if not self.messages:
             raise ConfigError("there is nothing to answer again.")
-        while self.messages[-1].role == "assistant":
-            self.messages.pop()
-        return self.answer(self.messages.pop().content)
+        before, question = self.messages, self.messages[-2].content
+        self.messages = before[:-2]
+        try:
+            pieces = self.answer(question)
+        except TinyGPTError:
+            self.messages = before
+            raise
+
+        def written() -> Iterator[str]:
+            try:
+                yield from pieces
+            finally:
+                if len(self.messages) < len(before):
+                    self.messages = before
+
+        return written()
 
     def reset(self) -> None:
         """Forget what was said; options and system message stay."""
