@@ -24,7 +24,7 @@ class Paragraph:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells; columns named in `numeric` are aligned to the right."""
+    """Rows of cells, all but the first to the right if `numeric`; `folded` is the title a page folds it under."""
 
     header: tuple[str, ...]
     rows: Sequence[tuple[str, ...]]
@@ -137,7 +137,9 @@ def _fenced(text: str) -> list[str]:
 def _markdown(text: str) -> str:
     """Return text that Markdown shows as it is, in one line: no markup, no HTML, no new cell."""
     line = " ".join(_clean(text).split())
-    return re.sub(r"([\\`*\[\]|])", r"\\\1", line.replace("&", "&amp;").replace("<", "&lt;"))
+    # An underscore within a word is only that, and a sign before a number as well.
+    markup = r"([\\`*\[\]|~]|(?<!\w)_|_(?!\w)|^[#>]|^[-+](?=\s))"
+    return re.sub(markup, r"\\\1", line.replace("&", "&amp;").replace("<", "&lt;"))
 
 
 def to_html(page: Page) -> str:
