@@ -8,7 +8,7 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from tinygpt.checkpoint._disk import remove, sync
+from tinygpt._disk import remove, sync
 from tinygpt.checkpoint._plain import StateSnapshot, take_apart
 from tinygpt.checkpoint._read import OPTIMIZER_FILE, STATE_FILE, TENSOR_FILE
 from tinygpt.errors import CheckpointError

@@ -1,10 +1,10 @@
 """The state of a conversation: what was said, how answers are drawn, and what still fits the model's context."""
 
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from tinygpt._disk import write_text
 from tinygpt.errors import ConfigError, DataError, TinyGPTError
 from tinygpt.generate import Engine, GenerationConfig
 from tinygpt.model import GPT
@@ -125,9 +125,7 @@ class Session:
         if path.exists():
             raise DataError(f"{path} exists; choose another name.")
         said = [{"role": message.role, "content": message.content} for message in self._with_system(self.messages)]
-        partial = path.with_name(f"{path.name}.partial")
-        partial.write_text(json.dumps({"messages": said}, ensure_ascii=False, indent=1) + "\n", "utf-8")
-        os.replace(partial, path)
+        write_text(path, json.dumps({"messages": said}, ensure_ascii=False, indent=1) + "\n")
 
     def load(self, path: Path) -> None:
         """Go on with a conversation that `save` wrote.

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tinygpt._disk import replacing
 from tinygpt._numbers import check_whole, given
 from tinygpt.data._batch import IGNORE_INDEX, Batch
 from tinygpt.data._documents import DocumentSource
@@ -102,7 +103,7 @@ class ValidationSet:
 
         A run that loads it measures on the same tokens for good, whatever becomes of files and tokenizer.
         """
-        from safetensors.torch import save
+        from safetensors.torch import save_file
 
         tensors = {"token_rows": self.token_rows.contiguous(), "token_bytes": self.token_bytes.contiguous()}
         metadata = {
@@ -114,15 +115,8 @@ class ValidationSet:
         }
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-        try:
-            with temporary.open("wb") as file:
-                file.write(save(tensors, metadata))
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, target)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with replacing(target) as temporary:
+            save_file(tensors, temporary, metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, rows: int | None = None) -> "ValidationSet":

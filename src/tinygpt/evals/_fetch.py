@@ -1,12 +1,12 @@
 """A file from an address the user gave, kept for the next time."""
 
 import hashlib
-import os
 import urllib.request
 from collections.abc import Callable
 from http.client import HTTPException
 from pathlib import Path
 
+from tinygpt._disk import replacing
 from tinygpt.errors import DataError
 from tinygpt.evals._progress import progress_bar
 
@@ -30,17 +30,11 @@ def download(address: str, cache_dir: str | Path | None) -> Path:
     if target.is_file():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
+        with replacing(target) as temporary, temporary.open("wb") as file:
             _copy(address, file.write)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
     except (OSError, HTTPException) as error:  # urllib's own errors are OSErrors
         raise DataError(f"{address} cannot be fetched: {error}.") from None
-    finally:
-        temporary.unlink(missing_ok=True)
     return target
 
 

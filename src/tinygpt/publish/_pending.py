@@ -14,6 +14,7 @@ from pathlib import Path
 from pydantic import Field
 
 from tinygpt import hub
+from tinygpt._disk import write_text
 from tinygpt.checkpoint import checkpoint_step
 from tinygpt.config import Config
 from tinygpt.errors import CheckpointError, ConfigError, HubError
@@ -226,7 +227,8 @@ def make_push(queue: Path, push: PendingPush, *, token: str | None, retries: int
         )
     except HubError as error:
         with contextlib.suppress(OSError):  # a full disk must not hide why the push failed
-            _write(entry, push.replace(tries=push.tries + 1, error=str(error).replace(token or "\0", "<token>")))
+            tried = push.replace(tries=push.tries + 1, error=str(error).replace(token or "\0", "<token>"))
+            write_text(entry / _ENTRY_FILE, tried.to_json())
         raise
     with (queue / "pushed.jsonl").open("a", encoding="utf-8") as file:
         done = {"push": push.name, "repo_id": push.repo_id, "tags": push.tags, "commit": commit}
@@ -277,9 +279,3 @@ def _read(entry: Path) -> PendingPush:
 
 def _entries(queue: Path) -> list[Path]:
     return list(queue.iterdir()) if queue.is_dir() else []
-
-
-def _write(entry: Path, push: PendingPush) -> None:
-    temporary = entry / f".{_ENTRY_FILE}.tmp"
-    temporary.write_text(push.to_json(), encoding="utf-8")
-    temporary.replace(entry / _ENTRY_FILE)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tinygpt import hub
+from tinygpt._disk import write_text
 from tinygpt.checkpoint import STATE_FILE
 from tinygpt.errors import CheckpointError, MissingDependencyError
 from tinygpt.hub import MODEL_FILES
@@ -172,9 +173,7 @@ def write_card(
         datasets=datasets,
         picture=PICTURE_FILE if _draw(record, staged) else None,
     )
-    temporary = staged / f".{CARD_FILE}.tmp"
-    temporary.write_text(text, encoding="utf-8", newline="\n")
-    temporary.replace(staged / CARD_FILE)
+    write_text(staged / CARD_FILE, text)
 
 
 def _draw(record: RunRecord, folder: Path) -> bool:

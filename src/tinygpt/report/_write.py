@@ -1,7 +1,6 @@
 """The report of one run."""
 
 import math
-import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import tinygpt
+from tinygpt._disk import replacing, write_text
 from tinygpt.errors import ConfigError
 from tinygpt.report import _findings, _health, _summary
 from tinygpt.report._charts import binning_note, draw_run
@@ -188,16 +188,13 @@ class ReportFolder:
 
     def write(self, name: str, content: str) -> None:
         """Write a text file."""
-        temporary = self.folder / f".{name}.{os.getpid()}.tmp"
-        temporary.write_text(content, encoding="utf-8", newline="\n")
-        temporary.replace(self.folder / name)
+        write_text(self.folder / name, content)
 
     def save_picture(self, name: str, figure: "Figure") -> None:
         """Write a figure as PNG."""
         path = self.folder / f"{name}.png"
-        temporary = path.with_name(f".{name}.{os.getpid()}.tmp")
-        figure.savefig(temporary, format="png", dpi=130)
-        temporary.replace(path)
+        with replacing(path) as temporary:
+            figure.savefig(temporary, format="png", dpi=130)
         self.pictures.append(path)
 
     def _refusal(self, error: OSError) -> ConfigError:
