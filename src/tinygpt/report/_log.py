@@ -48,15 +48,18 @@ class Evaluation:
     data_hash: str
 
     @property
+    def bpb(self) -> float:
+        """Bits per byte, if they were measured."""
+        return self.numbers["bpb"]
+
+    @property
     def nats(self) -> float:
         """Mean loss in nats a token: as it was logged, or from bits a byte where tokens and bytes were logged."""
         numbers = self.numbers
         if "loss" in numbers:
             return numbers["loss"]
         num_tokens = numbers.get("num_tokens", 0.0)
-        return (
-            numbers["bpb"] * math.log(2) * numbers.get("num_bytes", math.nan) / num_tokens if num_tokens else math.nan
-        )
+        return self.bpb * math.log(2) * numbers.get("num_bytes", math.nan) / num_tokens if num_tokens else math.nan
 
 
 @dataclass(frozen=True)
@@ -130,6 +133,11 @@ class RunLog:
             if isinstance(value, int) and not isinstance(value, bool) and 0 < value < _LARGEST_STEP:
                 return value
         return None
+
+    @property
+    def validation(self) -> list[Evaluation]:
+        """The evaluations that measured bits per byte."""
+        return [evaluation for evaluation in self.evaluations if "bpb" in evaluation.numbers]
 
     @property
     def boundaries(self) -> list[int]:

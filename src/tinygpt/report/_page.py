@@ -8,10 +8,12 @@ import html
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Literal
 
 from tinygpt.report._style import STYLE
 
+Level = Literal["good", "note", "warning"]
 _MARKS = {"good": "✓", "note": "•", "warning": "!"}
 
 
@@ -36,7 +38,7 @@ class Table:
 class Remark:
     """An observation with the rule it follows."""
 
-    level: Literal["good", "note", "warning"]
+    level: Level
     text: str
     rule: str
 
@@ -157,24 +159,16 @@ def to_html(page: Page) -> str:
 
 
 def _html_section(section: Section) -> str:
-    parts: list[str] = []
-    charts: list[str] = []
-    remarks: list[str] = []
-    for block in section.blocks:
-        # Neighbours of one kind share a frame: charts a grid, remarks a list.
-        if not isinstance(block, Chart) and charts:
-            parts, charts = [*parts, f'<div class="charts">{"".join(charts)}</div>'], []
-        if not isinstance(block, Remark) and remarks:
-            parts, remarks = [*parts, f'<ul class="remarks">{"".join(remarks)}</ul>'], []
-        rendered = _html_block(block)
-        target = charts if isinstance(block, Chart) else remarks if isinstance(block, Remark) else parts
-        target.append(rendered)
-    if charts:
-        parts.append(f'<div class="charts">{"".join(charts)}</div>')
-    if remarks:
-        parts.append(f'<ul class="remarks">{"".join(remarks)}</ul>')
-    heading = f"<h2>{_html(section.title)}</h2>" if section.title else ""
-    return f"<section>{heading}{''.join(parts)}</section>\n"
+    parts = [f"<h2>{_html(section.title)}</h2>"] if section.title else []
+    # Neighbours of one kind share a frame: charts a grid, remarks a list.
+    for kind, blocks in groupby(section.blocks, key=type):
+        inside = "".join(map(_html_block, blocks))
+        if kind is Chart:
+            inside = f'<div class="charts">{inside}</div>'
+        elif kind is Remark:
+            inside = f'<ul class="remarks">{inside}</ul>'
+        parts.append(inside)
+    return f"<section>{''.join(parts)}</section>\n"
 
 
 def _html_block(block: Block) -> str:

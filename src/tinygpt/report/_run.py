@@ -6,7 +6,7 @@ from typing import Any
 
 from tinygpt.errors import DataError
 from tinygpt.metrics import read_metrics
-from tinygpt.report._figure import new_figure
+from tinygpt.report._figure import new_figure, save_figure
 
 _SMOOTHING = 0.9
 
@@ -90,8 +90,7 @@ def draw_records(
         loss_axes.text(step, 0.98, " resumed", color="#31a354", va="top", transform=loss_axes.get_xaxis_transform())
     if title:
         figure.suptitle(title)
-    figure.savefig(picture, dpi=130)
-    return Path(picture)
+    return save_figure(figure, picture)
 
 
 def _draw_rates(axes: Any, x: list[int], steps: list[dict[str, Any]]) -> None:
