@@ -6,11 +6,11 @@ import logging
 import os
 import re
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from pydantic import Field
 
 from tinygpt import hub
@@ -247,19 +247,12 @@ def drop_push(queue: Path, push: PendingPush) -> None:
 @contextlib.contextmanager
 def lock(queue: Path) -> Iterator[bool]:
     """Yield whether this is the only one at work in a queue; the system frees the lock of a process that died."""
-    with (queue / ".lock").open("a") as file:
-        try:
-            if sys.platform == "win32":
-                import msvcrt
-
-                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-            else:
-                import fcntl
-
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            yield False
-            return
+    try:
+        held = FileLock(queue / ".lock").acquire(timeout=0)
+    except Timeout:
+        yield False
+        return
+    with held:
         for leftover in [*queue.glob(".gone-*"), *queue.glob(".new-*")]:
             with contextlib.suppress(OSError):  # another process may be done with it by now
                 if leftover.name.startswith(".gone-") or time.time() - leftover.stat().st_mtime > _STALE_SECONDS:
