@@ -45,7 +45,7 @@ class RecipeRun:
         hooks: Evaluation and samples, for `trainer.fit`.
         validation: What the run is measured on; `None` for nothing.
         out_dir: The run's folder.
-        on_close: Called when `fit` ends, however it ends.
+        on_close: Called when training ends, however it ends.
     """
 
     recipe: "Recipe"
@@ -140,13 +140,14 @@ def build_run(recipe: "Recipe", out_dir: Path) -> RecipeRun:
     if recipe.samples.every is not None:
         hook = sampling(recipe.samples, tokenizer, max_seq_len=recipe.model.max_seq_len, seed=recipe.seed)
         hooks.append(every(recipe.samples.every, hook))
-    if recipe.push is None:
-        return RecipeRun(recipe, trainer, tuple(hooks), validation, out_dir)
-    from tinygpt.publish import PushQueue
+    on_close: tuple[Callable[[], object], ...] = ()
+    if recipe.push is not None:
+        from tinygpt.publish import PushQueue
 
-    queue = PushQueue(recipe.push.repo, folder=out_dir, private=recipe.push.private, license=recipe.push.license)
-    trainer.on_save = queue
-    return RecipeRun(recipe, trainer, tuple(hooks), validation, out_dir, (queue.close,))
+        push = recipe.push
+        queue = PushQueue(push.repo, folder=out_dir, private=push.private, license=push.license)
+        trainer.on_save, on_close = queue, (queue.close,)
+    return RecipeRun(recipe, trainer, tuple(hooks), validation, out_dir, on_close)
 
 
 def check_inputs(recipe: "Recipe", out_dir: Path) -> None:
