@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from tinygpt._disk import sync, write_text
-from tinygpt._numbers import check_whole
+from tinygpt._numbers import check_whole, given
 from tinygpt.config import Config
 from tinygpt.data._documents import Cursor, DocumentSource
 from tinygpt.data._shards import (
@@ -20,6 +20,7 @@ from tinygpt.data._shards import (
     ShardEntry,
     TokenShards,
     file_sha256,
+    read_manifest,
     shard_files,
 )
 from tinygpt.errors import ConfigError, DataError
@@ -111,7 +112,7 @@ def tokenize_documents(
         len(shards), shards.num_tokens  # (124, 1105943)
         ```
     """
-    check_whole(shard_tokens=shard_tokens)
+    check_whole(shard_tokens=shard_tokens, **given(processes=processes))
     if shard_tokens < 1:
         raise ConfigError(f"shard_tokens={shard_tokens} is not positive; choose 1 or more.")
     if processes is not None and processes < 1:
@@ -124,9 +125,8 @@ def tokenize_documents(
         shards=[],
     )
     if (folder / MANIFEST_FILE).exists():
+        _refuse_other(folder, wanted, read_manifest(folder))
         shards = TokenShards(folder)
-        manifest = Manifest.from_json((folder / MANIFEST_FILE).read_text("utf-8"))
-        _refuse_other(folder, wanted, manifest.model_dump())
         _remove_leftovers(folder)
         return shards
     plan = _begin(folder, wanted, tokenizer)
@@ -148,7 +148,7 @@ def _begin(folder: Path, wanted: _Plan, tokenizer: Tokenizer) -> _Plan:
             plan = _Plan.from_json(path.read_text("utf-8"))
         except (ConfigError, UnicodeDecodeError) as error:
             raise DataError(f"{path} is damaged or from another version of tinygpt: {error}") from None
-        _refuse_other(folder, wanted, plan.model_dump())
+        _refuse_other(folder, wanted, plan)
         _check_finished(folder, plan, tokenizer)
     else:
         if folder.exists() and not folder.is_dir():
@@ -163,9 +163,9 @@ def _begin(folder: Path, wanted: _Plan, tokenizer: Tokenizer) -> _Plan:
     return plan
 
 
-def _refuse_other(folder: Path, wanted: _Plan, found: dict[str, Any]) -> None:
+def _refuse_other(folder: Path, wanted: _Plan, found: _Plan | Manifest) -> None:
     for name in ("source_fingerprint", "tokenizer_fingerprint", "shard_tokens"):
-        was, now = found[name], getattr(wanted, name)
+        was, now = getattr(found, name), getattr(wanted, name)
         if was != now:
             was, now = (value[:12] if isinstance(value, str) else value for value in (was, now))
             raise DataError(
