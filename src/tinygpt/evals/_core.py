@@ -200,7 +200,7 @@ def _answer(
     tokenizer: Tokenizer,
     context: int | None,
     found: TaskResults,
-    advance: Callable[[int], None],
+    advance: Callable[[int], object],
 ) -> None:
     """Ask the items that `found` lacks."""
     missing = found.missing
