@@ -69,6 +69,12 @@ def check_device(device: torch.device | str) -> torch.device:
     return checked
 
 
+def check_dtype(dtype: torch.dtype | None) -> None:
+    """Raise `ConfigError` if this is no dtype that weights can have; `None` leaves them as they are."""
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ConfigError(f"dtype {dtype!r} is not a floating-point dtype; use torch.bfloat16 for example.")
+
+
 def check_tokenizer(tokenizer: Tokenizer, config: GPTConfig) -> None:
     """Refuse a tokenizer that does not go with a model.
 
