@@ -1,6 +1,7 @@
 """What a run is made of, as JSON: written to its metrics.jsonl at each start, read by `tinygpt.report`."""
 
 import contextlib
+import math
 import platform
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -210,6 +211,8 @@ def _plain(value: Any) -> Any:
         return value.item()
     if isinstance(value, torch.dtype):
         return str(value).removeprefix("torch.")
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
     if value is None or isinstance(value, bool | int | float | str):
         return value
     text = repr(value)

@@ -69,7 +69,7 @@ def push_model(
     """Push a model with its tokenizer, card and learning curve in one commit; return its address.
 
     The files are compared with the checkpoint's manifest first, so that a damaged model is never published. A
-    `README.md` that lies beside the model goes as it is; otherwise `model_card` writes one.
+    `README.md` or `curve.png` that lies beside the model goes as it is; otherwise one is made.
 
     Args:
         source: A run, a checkpoint, or a folder that `save_pretrained` wrote.
@@ -177,9 +177,11 @@ def write_card(
 
 
 def _draw(record: RunRecord, folder: Path) -> bool:
-    """Draw the run up to these weights; return whether there is a picture."""
+    """Draw the run up to these weights, unless there is a picture; return whether there is one."""
     from tinygpt.report._run import draw_records, drawable_steps
 
+    if (folder / PICTURE_FILE).exists():  # a link to the owner's, which drawing would write through
+        return True
     if not drawable_steps(record.metrics):
         return False
     try:
