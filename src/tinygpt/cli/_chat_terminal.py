@@ -98,5 +98,5 @@ def _readline_reader(path: Path | None) -> Callable[[str], str]:
 
 
 def _private(path: Path) -> None:
-    """Make the file, readable for its owner alone."""
+    """Make the file if it is not there, readable for its owner alone."""
     path.touch(mode=0o600)
