@@ -1,20 +1,18 @@
 """Several runs over each other."""
 
-import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import tinygpt
 from tinygpt.errors import ConfigError
 from tinygpt.report import _summary
 from tinygpt.report._charts import draw_comparison
 from tinygpt.report._figure import new_figure
 from tinygpt.report._log import RunLog, objects, read_run, section
-from tinygpt.report._page import Block, Page, Paragraph, Section, Table, to_html, to_markdown
+from tinygpt.report._page import Block, Paragraph, Section, Table, to_html, to_markdown
 from tinygpt.report._text import bytes_text, count_text, finite_text, number_text, seconds_text, short, value_text
-from tinygpt.report._write import ReportFiles, ReportFolder, json_values, stamp
+from tinygpt.report._write import ReportFiles, ReportFolder, json_values, made_page
 
 _MOST_RUNS = 24
 _MOST_DIFFERENCES = 300
@@ -54,7 +52,7 @@ def compare_runs(runs: Sequence[str | Path], out: str | Path = "comparison", *, 
         new_figure(1, 1)
     logs = [read_run(run) for run in runs]
     names = _distinct_names(logs)
-    figures = [_summary.headline(log, log.status()) for log in logs]
+    figures = [_summary.headline(log) for log in logs]
     different = differences(logs)
     folder = Path(out)
     with ReportFolder(folder) as files:
@@ -65,9 +63,7 @@ def compare_runs(runs: Sequence[str | Path], out: str | Path = "comparison", *, 
             Section("Curves", charts),
             Section("Where they differ", _difference_blocks(logs, names, different)),
         ]
-        footer = f"Made {stamp(time.time())} by tinygpt {tinygpt.__version__} from the runs' own files."
-        shown = [part for part in sections if part.blocks]
-        page = Page(f"Comparison of {len(logs)} runs", ", ".join(names), shown, footer)
+        page = made_page(f"Comparison of {len(logs)} runs", ", ".join(names), sections, "the runs' own files.")
         files.write("comparison.md", to_markdown(page))
         files.write("comparison.html", to_html(page))
     by_run = [{"run": name, **values} for name, values in zip(names, figures, strict=True)]

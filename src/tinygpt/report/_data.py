@@ -7,6 +7,7 @@ from typing import get_args
 import numpy as np
 
 from tinygpt.data import DocumentSource, Overflow, Packer, TokenShards
+from tinygpt.data._documents import NO_TOKENS
 from tinygpt.errors import ConfigError, DataError
 from tinygpt.report._figure import new_figure, plain_axes, plain_text, save_figure
 from tinygpt.tokenizer import Tokenizer, TokenizerReport, encode_array
@@ -200,7 +201,7 @@ def _read(source: DocumentSource | TokenShards, tokenizer: Tokenizer | None, max
         if left <= 0:
             break
     if not documents:
-        raise DataError("the source has no document with a token in it; give it text.")
+        raise DataError(NO_TOKENS)
     return documents
 
 

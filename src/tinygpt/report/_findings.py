@@ -119,7 +119,7 @@ def jumps(log: RunLog) -> list[Observation]:
         if clear and rise[best] > _LEAST_JUMP * level[best]:
             found.append(_jump(log, cause, rise[best], loss, step, window, rule))
             taken.append(cause)
-        elif resume := _resume_at(log, cause):
+        elif resume := next((resume for resume in reversed(log.resumes) if resume.step == cause), None):
             found.append(_calm_resume(resume, rise[best], score[best], rule))
     suspicious = (score > _JUMP_SCORE) & (rise > _LEAST_JUMP * level)
     for place in taken:
@@ -282,7 +282,3 @@ def _validation_jumped(log: RunLog, place: int) -> bool:
         return False
     usual = float(np.median(np.abs(np.concatenate([np.diff(before), np.diff(after)]))))
     return after[0] - before[-1] > _VALIDATION_JUMP * usual
-
-
-def _resume_at(log: RunLog, step: int) -> Resume | None:
-    return next((resume for resume in reversed(log.resumes) if resume.step == step), None)

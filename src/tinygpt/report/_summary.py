@@ -20,7 +20,7 @@ _MOST_FIELDS = 200
 _NO_RECORD = 'The run wrote no record of its model and settings (the event "run" in metrics.jsonl)'
 
 
-def headline(log: RunLog, status: str) -> dict[str, Any]:
+def headline(log: RunLog) -> dict[str, Any]:
     """Return the figures that come first, as numbers."""
     validation = log.validation
     best = min(validation, key=lambda e: e.bpb) if validation else None
@@ -32,7 +32,7 @@ def headline(log: RunLog, status: str) -> dict[str, Any]:
     parameters = number(section(log.record, "model").get("num_parameters"))
     mfu = log["mfu"][mask & np.isfinite(log["mfu"])]
     return {
-        "status": status,
+        "status": log.status(),
         "steps": log.last_step,
         "num_steps": log.num_steps,
         "tokens": float(log["tokens"][-1]) if len(log["tokens"]) else math.nan,
