@@ -6,7 +6,7 @@ from typing import NamedTuple, Self
 
 import numpy as np
 
-from tinygpt.data._documents import Cursor, DocumentSource
+from tinygpt.data._documents import NO_TOKENS, Cursor, DocumentSource
 from tinygpt.data._packing import Packer, PackerState, TokenArray
 from tinygpt.data._prefetch import Ahead, map_ahead
 from tinygpt.data._shards import TokenShards
@@ -115,7 +115,7 @@ class _Epoch:
             self._found = self._found or len(tokens) > 0
             return tokens
         if not self._found:
-            raise DataError("the source has no document with a token in it; give it text.")
+            raise DataError(NO_TOKENS)
         raise StopIteration
 
     def close(self) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 from tinygpt._disk import sync, write_text
 from tinygpt._numbers import check_whole, given
 from tinygpt.config import Config
-from tinygpt.data._documents import Cursor, DocumentSource
+from tinygpt.data._documents import NO_TOKENS, Cursor, DocumentSource
 from tinygpt.data._shards import (
     TOKENIZER_FOLDER,
     Manifest,
@@ -133,7 +133,7 @@ def tokenize_documents(
     with EncoderPool(folder / TOKENIZER_FOLDER, processes=processes) as pool:
         plan = _write_shards(folder, plan, source, pool, progress)
     if not any(shard.tokens for shard in plan.shards):
-        raise DataError("the source has no document with a token in it; give it text.")
+        raise DataError(NO_TOKENS)
     if source.fingerprint() != plan.source_fingerprint:
         raise DataError(f"the source changed while it was read; remove {folder} and tokenize again.")
     _finish(folder, plan, tokenizer)

@@ -14,7 +14,7 @@ from torch import Tensor
 from tinygpt._disk import replacing
 from tinygpt._numbers import check_whole, given
 from tinygpt.data._batch import IGNORE_INDEX, Batch
-from tinygpt.data._documents import DocumentSource
+from tinygpt.data._documents import NO_TOKENS, DocumentSource
 from tinygpt.data._packing import pack_rows
 from tinygpt.errors import ConfigError, DataError
 from tinygpt.tokenizer import Tokenizer
@@ -87,7 +87,7 @@ class ValidationSet:
         packed = pack_rows(documents, row_tokens=seq_len + 1, bos_token_id=tokenizer.bos_token_id, overflow="carry")
         kept = list(packed)
         if not kept:
-            raise DataError("the source has no document with a token in it; give it text.")
+            raise DataError(NO_TOKENS)
         token_rows = torch.from_numpy(np.stack(kept))
         token_bytes = torch.tensor(tokenizer.token_bytes())
         num_bytes = _count_bytes(token_rows, token_bytes)

@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -117,7 +118,16 @@ def read_config(folder: Path) -> GPTConfig:
         raise CheckpointError(f"{folder} is of nanochat; read it with tinygpt.interop.nanochat.load_checkpoint.")
     if (folder / MANIFEST_FILE).exists():
         check_manifest(folder, only=(CONFIG_FILE, WEIGHTS_FILE))
-    fields = read_json(path)
+    return parse_config(path, read_json(path))
+
+
+def parse_config(path: Path, fields: dict[str, Any]) -> GPTConfig:
+    """Return the config that the fields of a `config.json` describe.
+
+    Raises:
+        CheckpointError: If it is not a tinygpt config of a known version.
+    """
+    fields = dict(fields)
     if fields.pop("model_type", None) != "tinygpt":
         raise CheckpointError(
             f'{path} is not the config of a tinygpt model (no "model_type": "tinygpt"); '

@@ -15,6 +15,7 @@ from tinygpt.errors import CheckpointError, ConfigError
 from tinygpt.manifest import read_json
 from tinygpt.metrics import read_metrics
 from tinygpt.model import GPTConfig
+from tinygpt.model._files import parse_config
 
 _BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
 Step = int | Literal["latest", "best"]
@@ -138,16 +139,10 @@ def read_record(model: Path, *, run: Path | None = None) -> RunRecord:
     metrics = read_metrics(run / "metrics.jsonl") if run is not None else []
     known = [line for line in metrics if step is not None and _is_before(line, step)]
     fields = read_json(model / "config.json")
-    if fields.get("model_type") != "tinygpt":
-        raise CheckpointError(f"{model / 'config.json'} is not the config of a tinygpt model.")
     blocks = fields.get("blocks", [])
-    try:
-        config = GPTConfig(**{k: v for k, v in fields.items() if k not in ("model_type", "format_version", "blocks")})
-    except ConfigError as error:
-        raise CheckpointError(f"{model / 'config.json'}: {error}") from None
     return RunRecord(
         name=(run or model).resolve().name,
-        config=config,
+        config=parse_config(model / "config.json", fields),
         blocks=[str(block) for block in blocks] if isinstance(blocks, list) else [],
         step=step,
         parameters=_count_parameters(model / "model.safetensors"),
