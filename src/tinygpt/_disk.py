@@ -1,6 +1,7 @@
 """Writing and removing so that a crash leaves the old or the new, and no link leads out of the folder."""
 
 import contextlib
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -40,11 +41,15 @@ def remove(path: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Force a file or a folder's entries to the disk; Windows has no such call for folders."""
-    if os.name == "nt" and path.is_dir():
+    """Force a file or a folder's entries to the disk; Windows and some network disks have no such call for folders."""
+    is_folder = path.is_dir()
+    if os.name == "nt" and is_folder:
         return
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() or os.name != "nt" else os.O_RDWR)
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if not is_folder or error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
     finally:
         os.close(descriptor)
