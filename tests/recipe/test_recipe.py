@@ -147,10 +147,14 @@ def test_what_is_saved_is_the_recipe_with_nothing_left_open(tmp_path: Path, monk
     assert saved.build("here/run").trainer.resume() == []
 
 
-def test_text_is_split_a_tokenizer_trained_and_both_kept_with_the_run(tmp_path: Path, books: Path) -> None:
+def test_text_is_split_a_tokenizer_trained_and_both_kept_with_the_run(
+    tmp_path: Path, books: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     data = {**TINY["data"], "train": str(books), "separator": "\n\n", "held_out": 0.2, "validation_tokens": None}
     recipe = tiny(data=data, tokenizer={"vocab_size": 300})
-    run = fit(recipe.build(tmp_path / "run"))
+    built = recipe.build(tmp_path / "run", progress=False)
+    assert capsys.readouterr().err == ""
+    run = fit(built)
     train, held_out = hash_split(open_source(books, separator="\n\n"), validation_fraction=0.2)
     tokenizer = train_bpe(train, vocab_size=300)
     assert run.trainer.tokenizer is not None
@@ -543,3 +547,10 @@ def test_a_manifest_of_another_program_makes_a_folder_of_text_no_shards(tmp_path
     (tmp_path / "shards" / "manifest.json").write_text("[]")
     with pytest.raises(DataError, match=r"manifest\.json is damaged or from another version"):
         tiny(data={**TINY["data"], "train": str(tmp_path / "shards")}).check(tmp_path / "run")
+
+
+def test_the_license_to_push_with_is_looked_at_before_any_work(tmp_path: Path) -> None:
+    recipe = tiny(push={"repo": "user/tiny", "license": "MIT License"})
+    with pytest.raises(ConfigError, match="license='MIT License' is not an identifier"):
+        recipe.check(tmp_path / "run")
+    assert not (tmp_path / "run").exists()

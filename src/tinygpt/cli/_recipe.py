@@ -110,7 +110,7 @@ def train(recipe: "Recipe", out: Path, options: argparse.Namespace) -> None:
         recipe = recipe.replace(trackers=list(dict.fromkeys([*recipe.trackers, *options.tracker])))
     recipe.check(out)
     print(recipe.plan(), flush=True)
-    run = recipe.build(out)
+    run = recipe.build(out, progress=not options.quiet)
     try:
         with stopped_runs_go_on_by(command("resume", str(out))):
             last = run.fit(

@@ -115,7 +115,7 @@ class RecipeRun:
         return hook
 
 
-def build_run(recipe: "Recipe", out_dir: Path) -> RecipeRun:
+def build_run(recipe: "Recipe", out_dir: Path, *, progress: bool) -> RecipeRun:
     """Build what a recipe names; see `Recipe.build`."""
     source, held_out = open_training(recipe.data)
     if recipe.evaluate_every is not None and held_out is None and recipe.data.validation is None:
@@ -123,7 +123,7 @@ def build_run(recipe: "Recipe", out_dir: Path) -> RecipeRun:
             "token shards cannot be split into training and validation: give data.validation, or leave "
             "evaluate_every out."
         )
-    recipe, tokenizer, validation = _settle(recipe, source, held_out, out_dir)
+    recipe, tokenizer, validation = _settle(recipe, source, held_out, out_dir, progress)
     model, optimizer = make_model(recipe, resolve_device(recipe.device))
     trainer = Trainer(
         model,
@@ -153,7 +153,10 @@ def build_run(recipe: "Recipe", out_dir: Path) -> RecipeRun:
 def check_inputs(recipe: "Recipe", out_dir: Path) -> None:
     """Look for what a recipe needs; see `Recipe.check`."""
     if recipe.push is not None:
+        from tinygpt.publish._card import check_license
+
         check_repo_id(recipe.push.repo)
+        check_license(recipe.push.license)
     for name in recipe.trackers:
         check_tracker(name, out_dir.resolve().name)
     data = recipe.data
@@ -170,7 +173,7 @@ def check_inputs(recipe: "Recipe", out_dir: Path) -> None:
 
 
 def _settle(
-    recipe: "Recipe", source: Source, held_out: DocumentSource | None, out_dir: Path
+    recipe: "Recipe", source: Source, held_out: DocumentSource | None, out_dir: Path, progress: bool
 ) -> tuple["Recipe", Tokenizer, ValidationSet | None]:
     """Return what the run keeps in its folder and goes on with: the first time it is made, from then on it is read.
 
@@ -188,7 +191,10 @@ def _settle(
     if claimed:
         claim_run_folder(out_dir, identity)
     there = claimed and (tokenizer_folder / "tokenizer_config.json").exists()
-    tokenizer = load_tokenizer(tokenizer_folder) if there else make_tokenizer(recipe.tokenizer, source)
+    if there:
+        tokenizer = load_tokenizer(tokenizer_folder)
+    else:
+        tokenizer = make_tokenizer(recipe.tokenizer, source, progress=progress)
     recipe = recipe.resolved(tokenizer.vocab_size)
     validation: ValidationSet | None
     if claimed and validation_file.exists():

@@ -61,7 +61,7 @@ def open_training(data: DataRecipe, train: str | None = None) -> tuple[Source, D
     return hash_split(source, validation_fraction=data.held_out)
 
 
-def make_tokenizer(section: TokenizerRecipe, source: Source) -> Tokenizer:
+def make_tokenizer(section: TokenizerRecipe, source: Source, *, progress: bool) -> Tokenizer:
     """Return the tokenizer that a section names, trained on the source if that is what it says.
 
     Raises:
@@ -75,7 +75,7 @@ def make_tokenizer(section: TokenizerRecipe, source: Source) -> Tokenizer:
         return source.tokenizer
     if section.vocab_size is None:
         return ByteTokenizer()
-    return train_bpe(source, vocab_size=section.vocab_size, max_characters=section.max_characters, progress=True)
+    return train_bpe(source, vocab_size=section.vocab_size, max_characters=section.max_characters, progress=progress)
 
 
 def vocab_size(section: TokenizerRecipe, data: DataRecipe) -> int:
