@@ -137,7 +137,7 @@ def _shape(config: Mapping[str, Any]) -> str:
 
 def data_and_batch(log: RunLog) -> list[Block]:
     """Return batch, data and environment."""
-    record, identity = log.record, log.identity
+    record = log.record
     batch, data = section(record, "batch"), section(record, "data")
     rows: list[tuple[str, str]] = []
     if tokens := batch.get("tokens"):
@@ -160,14 +160,8 @@ def data_and_batch(log: RunLog) -> list[Block]:
     if len(epochs):
         rows.append(("passes over the data", f"{epochs[-1]:,.0f} done, pass {epochs[-1] + 1:,.0f} was running"))
     blocks: list[Block] = [Table(("", ""), rows)] if rows else []
-    if identity:
-        blocks.append(_fields("run.json", identity))
-    environment = section(record, "environment") or section(log.state, "environment")
-    if environment:
-        blocks.append(_fields("environment", environment))
-    if settings := section(record, "settings") or section(log.state, "settings"):
-        blocks.append(_fields("settings", settings))
-    return blocks
+    told = {name: section(record, name) or section(log.state, name) for name in ("environment", "settings")}
+    return blocks + [_fields(title, values) for title, values in {"run.json": log.identity, **told}.items() if values]
 
 
 def optimizer(log: RunLog) -> list[Block]:
