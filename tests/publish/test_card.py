@@ -219,7 +219,7 @@ def test_damaged_files_are_named(run: Path, tmp_path: Path) -> None:
     config.write_text('{"model_type": "llama"}')
     with pytest.raises(CheckpointError, match="is not the config of a tinygpt model"):
         model_card(copy / "checkpoints" / "step-000004")
-    config.write_text('{"model_type": "tinygpt", "dim": "wide"}')
+    config.write_text('{"model_type": "tinygpt", "format_version": 1, "dim": "wide"}')
     with pytest.raises(CheckpointError, match=r"config\.json: GPTConfig\.dim='wide'"):
         model_card(copy / "checkpoints" / "step-000004")
 
