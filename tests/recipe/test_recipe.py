@@ -384,6 +384,13 @@ def test_an_apple_chip_is_planned_in_float32_and_its_memory_is_not_known() -> No
         tiny().plan(device_name="Apple M2 Max")
 
 
+def test_the_memory_of_a_plan_is_that_of_the_phase_with_the_largest_batch() -> None:
+    phases = [{"steps": 2}, {"steps": 2, "batch_tokens": 256}]
+    accumulating = tiny(batch_tokens=256).plan().memory_bytes
+    assert tiny(batch_tokens=None, num_steps=None, phases=phases).plan().memory_bytes == accumulating
+    assert tiny(batch_tokens=None).plan().memory_bytes != accumulating
+
+
 def test_a_plan_reads_no_text_and_needs_no_gpu() -> None:
     plan = tiny(data={"rows": 2, "train": "absent.txt", "validation": "absent too"}).plan()
     assert plan.seconds is None

@@ -37,7 +37,7 @@ class RunPlan:
         flops_per_token: Training FLOPs of a token.
         flops: Of the whole run.
         precision: Dtype of activations and products that the figures are for.
-        memory_bytes: Bytes of a step as the recipe stands, by what they hold, see `TrainingMemory`.
+        memory_bytes: Bytes of the largest step as the recipe stands, by what they hold, see `TrainingMemory`.
         memory_budget: Bytes of the GPU that training may take, or those asked about; `None` without either.
         advice: What to train with in that budget; `None` without one.
         reserved: Whether the budget is a GPU's memory less a reserve.
@@ -152,9 +152,14 @@ def plan_run(recipe: "Recipe", *, device_name: str | None, mfu: float, memory_by
         model, optimizer = make_model(recipe.replace(precision=precision), torch.device("meta"))
     split = recipe.micro_batch_rows
     micro_batch = min(split, recipe.data.rows) if isinstance(split, int) else recipe.data.rows
-    accumulate = recipe.step_tokens > micro_batch * recipe.seq_len
+    most_tokens = max(phase.batch_tokens or recipe.step_tokens for phase in run_phases(recipe))
     memory = training_memory(
-        model, optimizer, rows=micro_batch, seq_len=recipe.seq_len, accumulate=accumulate, device_type=kind
+        model,
+        optimizer,
+        rows=micro_batch,
+        seq_len=recipe.seq_len,
+        accumulate=most_tokens > micro_batch * recipe.seq_len,
+        device_type=kind,
     )
     on_card = hardware.memory_bytes(device_name) if device_name is not None else None
     budget = memory_bytes or (on_card - max(_RESERVE, int(_RESERVED_SHARE * on_card)) if on_card else None)
@@ -166,7 +171,7 @@ def plan_run(recipe: "Recipe", *, device_name: str | None, mfu: float, memory_by
             budget_bytes=budget,
             rows=recipe.data.rows,
             seq_len=recipe.seq_len,
-            accumulate=True if recipe.step_tokens > recipe.data.rows * recipe.seq_len else None,
+            accumulate=True if most_tokens > recipe.data.rows * recipe.seq_len else None,
             device_type=kind,
         )
     config = trainer_config(recipe, None).replace(
