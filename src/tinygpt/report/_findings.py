@@ -230,7 +230,7 @@ def overfitting(log: RunLog) -> list[Observation]:
         "(the validation leaves special tokens out). Overfitting: validation rose by more than "
         f"{_OVERFIT_SHARE:.1%} above its best while the training loss fell."
     )
-    measured = [e for e in log.evaluations if "bpb" in e.numbers or "loss" in e.numbers]
+    measured = log.validation or [e for e in log.evaluations if "loss" in e.numbers]
     known = np.isfinite(log["loss"])
     training = np.full(len(known), math.nan)
     training[known] = smooth(log["loss"][known], window)
@@ -251,7 +251,7 @@ def overfitting(log: RunLog) -> list[Observation]:
         earlier = nats_column[len(rows) // 2] - trained[len(rows) // 2]
         numbers |= {"gap_nats": gap, "gap_nats_at_half": earlier}
         gap_text = f"The gap between validation and training is {gap:+.3f} nats a token"
-        gap_text += f", {earlier:+.3f} at step {steps[len(rows) // 2]:,}."
+        gap_text += f", {earlier:+.3f} at step {steps[len(rows) // 2]:,}." if math.isfinite(earlier) else "."
     else:
         gap_text = "The gap in nats cannot be told: log the loss of each BpbReport with its bpb."
     if rose > _OVERFIT_SHARE and trained[-1] < trained[best]:
