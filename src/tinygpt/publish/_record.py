@@ -27,7 +27,7 @@ def choose_checkpoint(source: str | Path, step: Step | None = None) -> Path:
     Args:
         source: A run, a checkpoint, or a folder that `save_pretrained` wrote.
         step: Which checkpoint of a run: the steps done, `"latest"`, or `"best"` for the lowest bits per byte among
-            those that are left. `None` is the latest.
+            those that are left, on the validation set of the last evaluation. `None` is the latest.
 
     Raises:
         CheckpointError: If there is no model, or the run has no such checkpoint.
@@ -61,11 +61,14 @@ def choose_checkpoint(source: str | Path, step: Step | None = None) -> Path:
 
 
 def _best_step(run: Path, steps: set[int]) -> int:
-    figures = {
-        line["step"] + 1: float(line["bpb"])
+    lines = [
+        line
         for line in read_metrics(run / "metrics.jsonl")
         if line.get("event") == "evaluation" and isinstance(line.get("bpb"), int | float)
-    }
+    ]
+    # Figures of different validation sets cannot be compared.
+    newest = lines[-1].get("data_hash") if lines else None
+    figures = {line["step"] + 1: float(line["bpb"]) for line in lines if line.get("data_hash") == newest}
     measured = steps & figures.keys()
     if not measured:
         raise CheckpointError(f"no checkpoint in {run} has an evaluation of its step, so none is known to be the best.")
