@@ -101,7 +101,7 @@ def test_parts_that_tell_nothing_leave_none() -> None:
         model=model,
         optimizer=optimizer,
         loader=iter([]),
-        settings={},
+        settings={"limit": float("inf")},
         schedules={"lr": lambda step: 1.0},
         precision=torch.float32,
         version="0",
@@ -113,6 +113,7 @@ def test_parts_that_tell_nothing_leave_none() -> None:
     assert record["batch"]["tokens"] is None
     assert record["schedules"] == {"lr": "a function"}  # no address, which would differ in every process
     assert record["data"]["fingerprint"] is None
+    assert record["settings"] == {"limit": "inf"}
 
 
 def test_a_run_is_reported_with_its_model_optimizer_and_schedules(trainer: Trainer) -> None:

@@ -1,6 +1,7 @@
 """What a run is made of, as JSON: written to its metrics.jsonl at each start, read by `tinygpt.report`."""
 
 import contextlib
+import math
 import platform
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -170,7 +171,9 @@ def _model(model: nn.Module, seq_len: int | None) -> dict[str, Any]:
 
 
 def _group(index: int, group: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
-    names = group.get("param_names") or _names(group["params"], model)
+    names = group.get("param_names") or [
+        name for name, parameter in model.named_parameters() if any(parameter is first for first in group["params"][:1])
+    ]
     options = {
         key: group.get(f"initial_{key}", value)  # schedulers keep there what the group was made with
         for key, value in group.items()
@@ -183,11 +186,6 @@ def _group(index: int, group: Mapping[str, Any], model: nn.Module) -> dict[str, 
         "num_parameters": sum(parameter.numel() for parameter in group["params"]),
         "settings": options,
     }
-
-
-def _names(parameters: list[torch.Tensor], model: nn.Module) -> list[str]:
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    return [names.get(id(parameter), "?") for parameter in parameters[:1]]
 
 
 def _data(loader: Any) -> dict[str, Any]:
@@ -213,6 +211,8 @@ def _plain(value: Any) -> Any:
         return value.item()
     if isinstance(value, torch.dtype):
         return str(value).removeprefix("torch.")
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
     if value is None or isinstance(value, bool | int | float | str):
         return value
     text = repr(value)

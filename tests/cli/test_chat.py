@@ -18,6 +18,7 @@ from tinygpt.cli import main
 from tinygpt.cli._chat_commands import converse
 from tinygpt.cli._chat_session import Session
 from tinygpt.cli._chat_terminal import Terminal
+from tinygpt.errors import DataError
 from tinygpt.generate import GenerationConfig, stream_text
 from tinygpt.tokenizer import Message
 
@@ -304,3 +305,20 @@ def test_without_prompt_toolkit_pythons_own_line_editing_is_used(
     read = _reader(str(tmp_path / "history"))
     assert read("> ") == "typed at > "
     assert (tmp_path / "history").exists()
+
+
+def test_another_answer_that_is_stopped_before_its_first_word_leaves_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = chat_model()
+    model = copy.deepcopy(model)
+    session = Session(model, tokenizer, GenerationConfig(temperature=0, max_new_tokens=40), chat=True)
+    said = ["".join(session.answer(text)) for text in ("Hi", "Count")]
+    before = [Message("user", "Hi"), Message("assistant", said[0])]
+    before += [Message("user", "Count"), Message("assistant", said[1])]
+    model.blocks[0].mlp = Interrupted(model.blocks[0].mlp, 1)
+    monkeypatch.setattr("sys.stdin", io.StringIO("/retry\n"))
+    converse(session, Terminal())
+    assert session.messages == before
+    session.system = "word " * 400
+    with pytest.raises(DataError, match="at most 88 fit beside the answer"):
+        session.retry()
+    assert session.messages == before

@@ -18,7 +18,7 @@ import torch
 
 from nanochat_folder import write_example
 from small_runs import everything
-from tinygpt import GPT
+from tinygpt import GPT, manifest
 from tinygpt.cli import main
 from tinygpt.data import TextDocuments, ValidationSet, tokenize_documents
 from tinygpt.evals import evaluate_bpb
@@ -516,3 +516,14 @@ def test_plan_refuses_a_size_that_is_none(recipe_file: Path, capsys: Captured, s
 def test_plan_names_near_cards_for_one_that_is_not_known(recipe_file: Path, capsys: Captured) -> None:
     assert run("plan", str(recipe_file), "--gpu", "RTX 4075") == 2
     assert "'RTX 4070'" in capsys.readouterr().err
+
+
+def test_info_hashes_each_checkpoint_of_a_run_once(
+    finished_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    hashed: list[Path] = []
+    hash_part = manifest._sha256
+    monkeypatch.setattr(manifest, "_sha256", lambda part: hashed.append(part[0]) or hash_part(part))
+    run_json(capsys, "info", str(finished_run))
+    assert hashed
+    assert len(hashed) == len(set(hashed))

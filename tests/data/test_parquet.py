@@ -151,7 +151,7 @@ def test_the_limit_counts_bytes(tmp_path: Path, text: str, fits: bool) -> None:
 def test_a_cursor_that_cannot_be_is_refused(tmp_path: Path) -> None:
     source = ParquetFiles(_write(tmp_path / "a.parquet", [*TEXTS]))
     _, cursor = next(source.read())
-    for wrong, message in [({"row_group": 6}, "row_group must be 0 to 5"), ({"row": 6}, "row must be 0 to 5")]:
+    for wrong, message in [({"row_group": 5}, "row_group must be 0 to 4"), ({"row": 6}, "row must be 0 to 5")]:
         with pytest.raises(DataError, match=message):
             list(source.read({**cursor, **wrong}))
 

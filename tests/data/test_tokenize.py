@@ -225,6 +225,8 @@ def test_arguments_out_of_range_are_refused(tmp_path: Path) -> None:
     source = TextDocuments(TEXTS)
     with pytest.raises(ConfigError, match="shard_tokens=0 is not positive"):
         tokenize_documents(source, TOKENIZER, tmp_path / "out", shard_tokens=0)
+    with pytest.raises(ConfigError, match="processes='2' is a str, not a whole number"):
+        tokenize_documents(source, TOKENIZER, tmp_path / "out", processes="2")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="processes=0 is not positive; choose 1 or more, or None for one a core"):
         tokenize_documents(source, TOKENIZER, tmp_path / "out", processes=0)
 

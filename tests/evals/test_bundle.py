@@ -114,6 +114,8 @@ def test_an_address_is_fetched_once_and_kept(
     assert "fetching the bundle" in capsys.readouterr().err
     (kept,) = cache.iterdir()
     assert zipfile.is_zipfile(kept)
+    EvalBundle.open(f"{server.url}/bundle.zip", cache_dir=tmp_path / "another", progress=False)
+    assert capsys.readouterr().err == ""
 
 
 def test_without_a_cache_dir_it_is_kept_in_the_client_s_home(

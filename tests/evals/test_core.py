@@ -411,6 +411,9 @@ def test_results_with_other_answers_than_the_task_has_are_refused(byte_model: GP
     file.write_text(file.read_text("utf-8").replace('"correct": "', '"correct": "0'), "utf-8")
     with pytest.raises(DataError, match="its answers do not fit the task"):
         quietly(byte_model, ByteTokenizer(), tasks=["brackets"], results=tmp_path)
+    file.write_text(file.read_text("utf-8").replace('"num_cropped": 0', '"num_cropped": "many"'), "utf-8")
+    with pytest.raises(DataError, match=r"is damaged .*many"):
+        quietly(byte_model, ByteTokenizer(), tasks=["brackets"], results=tmp_path)
 
 
 @pytest.mark.gpu

@@ -16,6 +16,7 @@ from tinygpt import GPT
 from tinygpt.errors import ConfigError, DataError, MissingDependencyError
 from tinygpt.evals import CoreReport, EvalBundle, LMEvalAdapter, evaluate_core
 from tinygpt.evals._prompts import render
+from tinygpt.evals._scoring import Scorer
 from tinygpt.generate import generate
 from tinygpt.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer, load_tokenizer_json
 
@@ -435,3 +436,11 @@ def test_smollm2_in_our_blocks_scores_as_in_the_harness_s_own_class(bundle: Eval
     for task, name in metrics:
         assert scores[task][name] == pytest.approx(expected[task][name], abs=1e-9), (task, name)
     assert scores["everyday"]["acc,none"] > 0.5  # it knows what ovens are for
+
+
+def test_requests_with_one_context_are_read_together_only_as_far_as_they_fit_into_a_batch(byte_model: GPT) -> None:
+    adapter = object.__new__(LMEvalAdapter)  # without the harness, which has no part in this
+    adapter.max_length, adapter._scorer = 400, Scorer(byte_model, batch_tokens=256)
+    groups = adapter._groups([(("", ""), [1, 2], [3] * length) for length in (100, *[1] * 60)])
+    assert [len(group) for group in groups] == [2, 59]
+    assert all(len(group) * max(len(row.tokens) for row in group) <= 256 for group in groups)

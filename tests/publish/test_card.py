@@ -219,7 +219,7 @@ def test_damaged_files_are_named(run: Path, tmp_path: Path) -> None:
     config.write_text('{"model_type": "llama"}')
     with pytest.raises(CheckpointError, match="is not the config of a tinygpt model"):
         model_card(copy / "checkpoints" / "step-000004")
-    config.write_text('{"model_type": "tinygpt", "dim": "wide"}')
+    config.write_text('{"model_type": "tinygpt", "format_version": 1, "dim": "wide"}')
     with pytest.raises(CheckpointError, match=r"config\.json: GPTConfig\.dim='wide'"):
         model_card(copy / "checkpoints" / "step-000004")
 
@@ -231,6 +231,14 @@ def test_a_checkpoint_of_a_run_is_chosen_by_step_by_figure_or_as_the_latest(run:
     assert choose_checkpoint(run, 2) == folder / "step-000002"
     assert choose_checkpoint(run, "best") == folder / f"step-{min(figures, key=lambda s: figures[s]):06d}"
     assert choose_checkpoint(folder / "step-000002") == folder / "step-000002"
+    other = tmp_path / "other"  # its first two evaluations were of another set, and look far better
+    shutil.copytree(run, other)
+    lines = read_metrics(run / "metrics.jsonl")
+    changed = [
+        {**x, "bpb": 0.1, "data_hash": "another"} if x["event"] == "evaluation" and x["step"] < 5 else x for x in lines
+    ]
+    (other / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in changed))
+    assert choose_checkpoint(other, "best") == other / "checkpoints" / "step-000006"
     with pytest.raises(CheckpointError, match=r"no checkpoint .*step-000003; there are those of steps 2, 4, 6"):
         choose_checkpoint(run, 3)
     with pytest.raises(ConfigError, match="chooses among the checkpoints of a run"):

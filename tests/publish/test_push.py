@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from hub_client import ClientError, HubClient
 from hub_server import HubServer, yaml_errors
 from tinygpt.errors import CheckpointError
 from tinygpt.publish import files_to_push, push_model
+from tinygpt.publish._push import stage, write_card
 
 PUSH = """
 from tinygpt.publish import push_model
@@ -82,6 +84,8 @@ def test_only_model_tokenizer_and_card_leave_a_checkpoint(run: Path, tmp_path: P
     (copy / "config.json").unlink()
     with pytest.raises(CheckpointError, match=r"is no model: it lacks config\.json"):
         files_to_push(copy)
+    with pytest.raises(CheckpointError, match=r"there is no folder .*gone; give a checkpoint or a saved model"):
+        files_to_push(tmp_path / "gone")
 
 
 def test_a_card_of_ones_own_goes_as_it_is(run: Path, hub: HubServer, client: HubClient, tmp_path: Path) -> None:
@@ -93,6 +97,19 @@ def test_a_card_of_ones_own_goes_as_it_is(run: Path, hub: HubServer, client: Hub
     (copy / "README.md").write_text("---\nlicense: [\n---\n")
     with pytest.raises(Exception, match=r"HubError.*Invalid metadata in README\.md"):
         push(client, copy)
+
+
+@pytest.mark.parametrize("link", [Path.symlink_to, Path.hardlink_to])
+def test_a_picture_of_ones_own_goes_as_it_is_and_stays_what_it_was(
+    run: Path, tmp_path: Path, link: Callable[[Path, Path], None]
+) -> None:
+    copy = tmp_path / "run" / "checkpoints" / "step-000006"
+    shutil.copytree(run, tmp_path / "run")
+    (copy / "curve.png").write_bytes(b"mine")
+    stage(copy, tmp_path / "staged", link)
+    write_card(tmp_path / "staged", run=tmp_path / "run", repo_id="user/tiny")
+    assert (copy / "curve.png").read_bytes() == b"mine"
+    assert "](curve.png)" in (tmp_path / "staged" / "README.md").read_text("utf-8")
 
 
 def test_a_damaged_model_is_never_published(run: Path, hub: HubServer, tmp_path: Path) -> None:

@@ -147,10 +147,14 @@ def test_what_is_saved_is_the_recipe_with_nothing_left_open(tmp_path: Path, monk
     assert saved.build("here/run").trainer.resume() == []
 
 
-def test_text_is_split_a_tokenizer_trained_and_both_kept_with_the_run(tmp_path: Path, books: Path) -> None:
+def test_text_is_split_a_tokenizer_trained_and_both_kept_with_the_run(
+    tmp_path: Path, books: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     data = {**TINY["data"], "train": str(books), "separator": "\n\n", "held_out": 0.2, "validation_tokens": None}
     recipe = tiny(data=data, tokenizer={"vocab_size": 300})
-    run = fit(recipe.build(tmp_path / "run"))
+    built = recipe.build(tmp_path / "run", progress=False)
+    assert capsys.readouterr().err == ""
+    run = fit(built)
     train, held_out = hash_split(open_source(books, separator="\n\n"), validation_fraction=0.2)
     tokenizer = train_bpe(train, vocab_size=300)
     assert run.trainer.tokenizer is not None
@@ -380,6 +384,13 @@ def test_an_apple_chip_is_planned_in_float32_and_its_memory_is_not_known() -> No
         tiny().plan(device_name="Apple M2 Max")
 
 
+def test_the_memory_of_a_plan_is_that_of_the_phase_with_the_largest_batch() -> None:
+    phases = [{"steps": 2}, {"steps": 2, "batch_tokens": 256}]
+    accumulating = tiny(batch_tokens=256).plan().memory_bytes
+    assert tiny(batch_tokens=None, num_steps=None, phases=phases).plan().memory_bytes == accumulating
+    assert tiny(batch_tokens=None).plan().memory_bytes != accumulating
+
+
 def test_a_plan_reads_no_text_and_needs_no_gpu() -> None:
     plan = tiny(data={"rows": 2, "train": "absent.txt", "validation": "absent too"}).plan()
     assert plan.seconds is None
@@ -530,3 +541,23 @@ def test_rows_may_be_left_to_the_machine(tmp_path: Path) -> None:
 def test_no_memory_is_refused() -> None:
     with pytest.raises(ConfigError, match="memory_bytes=0 is no memory to train in"):
         tiny().plan(memory_bytes=0)
+
+
+def test_a_manifest_of_another_program_makes_a_folder_of_text_no_shards(tmp_path: Path) -> None:
+    folder = tmp_path / "books"
+    folder.mkdir()
+    (folder / "a.txt").write_text("text " * 100)
+    for content in ("[]", "no JSON", '{"kind": "of another"}'):
+        (folder / "manifest.json").write_text(content)
+        tiny(data={**TINY["data"], "train": str(folder), "validation": "embedded"}).check(tmp_path / "run")
+    tokenize_documents(TextDocuments(["some text"]), ByteTokenizer(), tmp_path / "shards", processes=1)
+    (tmp_path / "shards" / "manifest.json").write_text("[]")
+    with pytest.raises(DataError, match=r"manifest\.json is damaged or from another version"):
+        tiny(data={**TINY["data"], "train": str(tmp_path / "shards")}).check(tmp_path / "run")
+
+
+def test_the_license_to_push_with_is_looked_at_before_any_work(tmp_path: Path) -> None:
+    recipe = tiny(push={"repo": "user/tiny", "license": "MIT License"})
+    with pytest.raises(ConfigError, match="license='MIT License' is not an identifier"):
+        recipe.check(tmp_path / "run")
+    assert not (tmp_path / "run").exists()

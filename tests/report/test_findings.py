@@ -162,6 +162,8 @@ def test_overfitting_is_validation_that_rises_while_training_falls(tmp_path: Pat
     # 3.56 nats of validation; the mean training loss of steps 951 to 1,000 is 4 - 974.5 / 500.
     assert observation["numbers"]["gap_nats"] == pytest.approx(3.56 - (4.0 - 974.5 / 500))
     fine = [evaluation(s - 1, (4.1 - s / 500) / 3) for s in range(100, 1001, 100)]
+    # A measurement of the loss alone, as of other text, is no bits per byte to compare with.
+    fine.append({**evaluation(len(lines) - 1, 0.0, loss=9.0), "bpb": None})
     observation = only(write_lines(tmp_path / "fine", [*lines, *fine]), "overfitting")
     assert observation["level"] == "good"
     assert "cannot be told: log the loss of each BpbReport" in observation["text"]

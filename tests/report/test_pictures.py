@@ -10,6 +10,7 @@ import pytest
 
 from tinygpt.data import TextDocuments, TokenShards, tokenize_documents
 from tinygpt.errors import ConfigError, DataError, MissingDependencyError
+from tinygpt.metrics import MetricsFile
 from tinygpt.report import plot_documents, plot_packing, plot_run, plot_tokenizer
 from tinygpt.tokenizer import ByteTokenizer, tokenizer_report, train_bpe
 
@@ -127,3 +128,14 @@ def test_a_run_without_a_step_is_refused(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("")
     with pytest.raises(DataError, match="holds no training step to draw"):
         plot_run(tmp_path / "metrics.jsonl", tmp_path / "a.png")
+
+
+def test_a_step_without_a_finite_number_is_left_out_of_the_picture(tmp_path: Path) -> None:
+    metrics = MetricsFile(tmp_path / "metrics.jsonl")
+    for step, loss in enumerate((3.0, float("nan"), 2.0)):
+        metrics.write("step", step, loss=loss, lr=0.02, weight_decay=0.1)
+    metrics.write("evaluation", 2, bpb=float("inf"))
+    assert plot_run(tmp_path, tmp_path / "run.png").stat().st_size > 5_000
+    (tmp_path / "metrics.jsonl").write_text('{"event": "step", "step": 0, "loss": null}\n')
+    with pytest.raises(DataError, match="holds no training step to draw"):
+        plot_run(tmp_path, tmp_path / "run.png")

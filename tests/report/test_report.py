@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from made_run import START, documented_run, evaluation, step_line, write_lines
 from tinygpt.errors import ConfigError, DataError, MissingDependencyError
 from tinygpt.report import summarize_run, write_report
+from tinygpt.report._page import Page, Paragraph, Section, to_markdown
 
 VOID = {"meta", "br", "img", "input", "link", "hr"}
 EVIL = '"><script>alert(1)</script><img src=x onerror=alert(2)> | `x` [a](javascript:b) $x$ \ud800 \x00'
@@ -291,3 +292,13 @@ def test_a_browser_shows_the_page_without_an_error(tmp_path: Path) -> None:
     assert done.returncode == 0
     assert "Key observations" in done.stdout
     assert not [line for line in done.stderr.splitlines() if ":CONSOLE" in line]
+
+
+def test_text_of_a_run_is_no_markup_of_the_page() -> None:
+    def written(text: str) -> str:
+        return to_markdown(Page("", "", [Section("", [Paragraph(text)])], "")).splitlines()[4]
+
+    for text in ("_a_", "# a", "~~a~~", "> a", "- a", "*a*", "a|b", "[a](b)"):
+        assert re.search(r"(?<!\\)[_~*|\[]|^[#>-]", written(text)) is None
+        assert re.sub(r"\\(.)", r"\1", written(text)) == text
+    assert written("weight_decay -0.1, 2 - 1 > 0") == "weight_decay -0.1, 2 - 1 > 0"

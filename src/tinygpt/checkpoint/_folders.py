@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Collection
 from pathlib import Path
 
-from tinygpt.checkpoint._disk import remove, write_text
+from tinygpt._disk import remove, write_text
 from tinygpt.checkpoint._read import verify
 from tinygpt.errors import CheckpointError, ConfigError
 

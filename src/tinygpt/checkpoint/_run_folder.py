@@ -11,7 +11,7 @@ from typing import Any, Self
 
 from filelock import FileLock, Timeout
 
-from tinygpt.checkpoint._disk import remove, write_text
+from tinygpt._disk import remove, write_text
 from tinygpt.errors import CheckpointError, ConfigError
 from tinygpt.manifest import read_json
 

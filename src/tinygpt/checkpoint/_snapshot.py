@@ -30,7 +30,9 @@ class SnapshotMemory:
             if free is not None and needed > 0.9 * free:  # the system would rather kill us than refuse
                 raise MemoryError(f"{needed / 2**20:,.0f} MiB are needed and {free / 2**20:,.0f} are free")
             self._buffers = {
-                name: _new_buffer(tensor) if name in lacking else self._buffers[name]
+                name: torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+                if name in lacking
+                else self._buffers[name]
                 for name, tensor in tensors.items()
             }
         except (MemoryError, RuntimeError) as error:  # torch reports the lack of memory as a RuntimeError
@@ -64,7 +66,3 @@ def free_memory() -> int | None:
 
 def _number_after(word: str, path: Path) -> int:
     return next(int(line.split()[1]) for line in path.read_text("ascii").splitlines() if line.startswith(f"{word} "))
-
-
-def _new_buffer(tensor: Tensor) -> Tensor:
-    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)

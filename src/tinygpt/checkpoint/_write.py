@@ -8,7 +8,7 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from tinygpt.checkpoint._disk import remove, sync
+from tinygpt._disk import remove, sync
 from tinygpt.checkpoint._plain import StateSnapshot, take_apart
 from tinygpt.checkpoint._read import OPTIMIZER_FILE, STATE_FILE, TENSOR_FILE
 from tinygpt.errors import CheckpointError
@@ -53,8 +53,8 @@ def save_state(
         temporary.mkdir()
         if write_files is not None:
             write_files(temporary)
-        for name in (OPTIMIZER_FILE, TENSOR_FILE):
-            part = {key: tensor for key, tensor in tensors.items() if _tensor_file(key) == name}
+        for name, is_optimizer in ((OPTIMIZER_FILE, True), (TENSOR_FILE, False)):
+            part = {key: tensor for key, tensor in tensors.items() if key.startswith("optimizer/") == is_optimizer}
             save_file(independent_tensors(part), temporary / name)
         (temporary / STATE_FILE).write_text(text, encoding="utf-8")
         write_manifest(temporary)
@@ -74,7 +74,3 @@ def save_state(
             raise CheckpointError(f"the checkpoint {folder} could not be written: {error}.") from error
         raise
     return folder
-
-
-def _tensor_file(name: str) -> str:
-    return OPTIMIZER_FILE if name.startswith("optimizer/") else TENSOR_FILE

@@ -1,11 +1,11 @@
 """The state of a conversation: what was said, how answers are drawn, and what still fits the model's context."""
 
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from tinygpt.errors import ConfigError, DataError
+from tinygpt._disk import write_text
+from tinygpt.errors import ConfigError, DataError, TinyGPTError
 from tinygpt.generate import Engine, GenerationConfig
 from tinygpt.model import GPT
 from tinygpt.tokenizer import ChatTemplate, Message, Tokenizer
@@ -87,16 +87,29 @@ class Session:
         return self._continue(text)
 
     def retry(self) -> Iterator[str]:
-        """Yield another answer to the last message, in place of the last one.
+        """Yield another answer to the last message, in place of the last one, which stays if nothing is yielded.
 
         Raises:
             ConfigError: If there is none.
         """
         if not self.messages:
             raise ConfigError("there is nothing to answer again.")
-        while self.messages[-1].role == "assistant":
-            self.messages.pop()
-        return self.answer(self.messages.pop().content)
+        before, question = self.messages, self.messages[-2].content
+        self.messages = before[:-2]
+        try:
+            pieces = self.answer(question)
+        except TinyGPTError:
+            self.messages = before
+            raise
+
+        def written() -> Iterator[str]:
+            try:
+                yield from pieces
+            finally:
+                if len(self.messages) < len(before):
+                    self.messages = before
+
+        return written()
 
     def reset(self) -> None:
         """Forget what was said; options and system message stay."""
@@ -112,9 +125,7 @@ class Session:
         if path.exists():
             raise DataError(f"{path} exists; choose another name.")
         said = [{"role": message.role, "content": message.content} for message in self._with_system(self.messages)]
-        partial = path.with_name(f"{path.name}.partial")
-        partial.write_text(json.dumps({"messages": said}, ensure_ascii=False, indent=1) + "\n", "utf-8")
-        os.replace(partial, path)
+        write_text(path, json.dumps({"messages": said}, ensure_ascii=False, indent=1) + "\n")
 
     def load(self, path: Path) -> None:
         """Go on with a conversation that `save` wrote.

@@ -75,19 +75,15 @@ def _reader(history: str | None) -> Callable[[str], str]:
         key_bindings=keys,
         prompt_continuation=" " * len(_PROMPT),
     )
-
-    def read(prompt: str) -> str:
-        return session.prompt(prompt)
-
-    return read
+    return session.prompt
 
 
 def _readline_reader(path: Path | None) -> Callable[[str], str]:
+    if path is None:
+        return input
     try:
         import readline
     except ImportError:  # Windows has none; the terminal itself edits lines there
-        return input
-    if path is None:
         return input
     _private(path)
     with contextlib.suppress(OSError):
@@ -102,5 +98,5 @@ def _readline_reader(path: Path | None) -> Callable[[str], str]:
 
 
 def _private(path: Path) -> None:
-    """Make the file, readable for its owner alone."""
+    """Make the file if it is not there, readable for its owner alone."""
     path.touch(mode=0o600)

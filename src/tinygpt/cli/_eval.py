@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -87,7 +88,7 @@ def _run(options: argparse.Namespace) -> None:
         from tinygpt.evals import evaluate_bpb
 
         report = evaluate_bpb(model, _validation(wanted, options, model, tokenizer))
-        figures |= {name: getattr(report, name) for name in ("bpb", "loss", "num_tokens", "num_bytes", "data_hash")}
+        figures |= asdict(report)
         texts.append(str(report))
     if domains:
         from tinygpt.evals import evaluate_domains
@@ -101,8 +102,6 @@ def _run(options: argparse.Namespace) -> None:
         figures["domains"] = {"bpb": found.bpb, "mean_bpb": found.mean_bpb, **each}
         texts.append(str(found))
     if options.core:
-        from dataclasses import asdict
-
         from tinygpt.evals import evaluate_core
 
         core = evaluate_core(

@@ -32,7 +32,7 @@ def describe_path(path: Path) -> Facts:
     """
     for kind, belongs, describe in _KINDS:
         if belongs(path):
-            return {"kind": kind, "path": str(path), **describe(path)}
+            return {"kind": kind, "path": str(path), **_or_damage(describe, path)}
     text = path.suffix in {".txt", ".jsonl", ".parquet"}
     hint = f" It is text to train on: {command('train', '--depth', '4', '--data.train', str(path))}" if text else ""
     raise ConfigError(
@@ -99,10 +99,16 @@ def _has(*names: str) -> Callable[[Path], bool]:
 
 
 def _is_shards(path: Path) -> bool:
-    from tinygpt.manifest import MANIFEST_FILE, read_json
+    from tinygpt.data._shards import holds_shards
 
-    file = path / MANIFEST_FILE
-    return file.is_file() and read_json(file).get("kind") == "tinygpt token shards"
+    return holds_shards(path)
+
+
+def _or_damage(describe: Callable[[Path], Facts], path: Path) -> Facts:
+    try:
+        return describe(path)
+    except TinyGPTError as error:
+        return {"state": f"damaged: {error}"}
 
 
 def _run(path: Path) -> Facts:
@@ -119,7 +125,7 @@ def _run(path: Path) -> Facts:
     checkpoints = list_checkpoints(path / "checkpoints")
     facts["checkpoints"] = {folder.name: _damage(folder) or "whole" for folder in checkpoints}
     whole = [folder for folder in checkpoints if facts["checkpoints"][folder.name] == "whole"]
-    return {**facts, **(_checkpoint(whole[-1]) if whole else {})}
+    return {**facts, **(_whole_checkpoint(whole[-1]) if whole else {})}
 
 
 def _damage(folder: Path) -> str:
@@ -131,9 +137,12 @@ def _damage(folder: Path) -> str:
 
 
 def _checkpoint(path: Path) -> Facts:
-    if damage := _damage(path):
-        return {"state": damage}
-    state = load_state(path)
+    verify(path)
+    return _whole_checkpoint(path)
+
+
+def _whole_checkpoint(path: Path) -> Facts:
+    state = load_state(path, verified=True)
     facts: Facts = {"state": "whole", "step": state.get("next_step"), "tokens": state.get("tokens")}
     facts["optimizer"] = state.get("optimizer_class")
     loader = state.get("loader") or {}
@@ -171,7 +180,7 @@ def _model(path: Path) -> Facts:
     if (path / "model.safetensors").exists():
         facts |= _weights(path / "model.safetensors")
     if (path / "tokenizer_config.json").exists():
-        facts |= {f"tokenizer {name}": value for name, value in _tokenizer(path).items()}
+        facts |= {f"tokenizer {name}": value for name, value in _or_damage(_tokenizer, path).items()}
     return facts
 
 
@@ -193,10 +202,7 @@ def _weights(path: Path) -> Facts:
 def _tokenizer(path: Path) -> Facts:
     from tinygpt.tokenizer import load_tokenizer
 
-    try:
-        tokenizer = load_tokenizer(path)
-    except TinyGPTError as error:
-        return {"state": f"damaged: {error}"}
+    tokenizer = load_tokenizer(path)
     return {
         "type": type(tokenizer).__name__,
         "vocab size": tokenizer.vocab_size,
@@ -207,11 +213,8 @@ def _tokenizer(path: Path) -> Facts:
 def _shards(path: Path) -> Facts:
     from tinygpt.data import TokenShards
 
-    try:
-        shards = TokenShards(path)
-        shards.verify()
-    except TinyGPTError as error:
-        return {"state": f"damaged: {error}"}
+    shards = TokenShards(path)
+    shards.verify()
     return {
         "state": "whole",
         "documents": len(shards),
@@ -227,10 +230,7 @@ def _shards(path: Path) -> Facts:
 def _validation(path: Path) -> Facts:
     from tinygpt.data import ValidationSet
 
-    try:
-        found = ValidationSet.load(path)
-    except TinyGPTError as error:
-        return {"state": f"damaged: {error}"}
+    found = ValidationSet.load(path)
     rows, length = found.token_rows.shape
     return {
         "state": "whole",
@@ -247,20 +247,12 @@ def _recipe(path: Path) -> Facts:
 
     if path.suffix == ".py":
         return {"state": "not looked into, since that would run it; tinygpt plan does"}
-    try:
-        recipe = Recipe.load(path)
-    except ConfigError as error:
-        return {"state": f"damaged: {error}"}
-    return {"state": "whole", "recipe": json.loads(recipe.to_json())}
+    return {"state": "whole", "recipe": json.loads(Recipe.load(path).to_json())}
 
 
 def _nanochat(path: Path) -> Facts:
     steps = sorted(file.stem.removeprefix("model_") for file in path.glob("model_*.pt"))
     return {"steps": [int(step) for step in steps if step.isdecimal()], "state": "tinygpt import reads it"}
-
-
-def _is_recipe(path: Path) -> bool:
-    return path.is_file() and path.suffix in (".toml", ".json", ".py")
 
 
 # The first that fits decides.
@@ -272,5 +264,5 @@ _KINDS: tuple[tuple[str, Callable[[Path], bool], Callable[[Path], Facts]], ...] 
     ("tokenizer", _has("tokenizer_config.json"), _tokenizer),
     ("nanochat checkpoint", lambda path: path.is_dir() and any(path.glob("model_*.pt")), _nanochat),
     ("validation set", lambda path: path.is_file() and path.suffix == ".safetensors", _validation),
-    ("recipe", _is_recipe, _recipe),
+    ("recipe", lambda path: path.is_file() and path.suffix in (".toml", ".json", ".py"), _recipe),
 )

@@ -28,7 +28,7 @@ from tinygpt.cli import (
     _train,
 )
 from tinygpt.cli._parser import Parser, suggestion
-from tinygpt.cli._words import as_typed, is_out_of_memory
+from tinygpt.cli._words import as_typed, is_out_of_memory, no_memory
 from tinygpt.errors import TinyGPTError
 
 # In the order of --help. Each module imports argparse at most; a command imports what it needs when it runs.
@@ -52,7 +52,6 @@ _COMMANDS = (
 )
 
 _INTERRUPTED = 130
-_NO_MEMORY = "there is too little memory for this; take fewer rows, texts or tokens at a time, or a smaller model."
 _BROKEN_PIPE = 141  # as shells report SIGPIPE
 
 
@@ -88,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        print(f"error: {_NO_MEMORY}", file=sys.stderr)
+        print(f"error: {no_memory(error, options)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         again = "; run the same command again to go on" if hasattr(options, "goes_on") else ""

@@ -56,32 +56,29 @@ def _run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
 
 
 def _push(options: argparse.Namespace, step: Any) -> None:
-    from tinygpt.checkpoint import verify
     from tinygpt.errors import HubError
     from tinygpt.hub import check_repo_id
-    from tinygpt.manifest import MANIFEST_FILE
     from tinygpt.publish import choose_checkpoint, files_to_push, pending_pushes, push_model
+    from tinygpt.publish._push import check_whole
 
     check_repo_id(options.repo)
     model = choose_checkpoint(options.source, step)
-    if (model / MANIFEST_FILE).exists():
-        verify(model)
     files = {path.name: path.stat().st_size for path in files_to_push(model)}
-    if not options.dry_run:
-        same = [p for p in pending_pushes(options.source) if (p.repo_id, p.branch) == (options.repo, options.branch)]
-        if same:
-            raise HubError(
-                f"{len(same)} older pushes to {options.repo} are queued and would come after this one: "
-                f"run `{command('push', options.source)}` first."
-            )
     total = sum(files.values())
     what = f"{model} to {options.repo}: {len(files)} files, {total / 1e6:,.1f} MB"
     if options.dry_run:
+        check_whole(model)  # as `push_model` does
         result: dict[str, Any] = {"model": str(model), "repo": options.repo, "files": files, "bytes": total}
         lines = [f"{size:>15,}  {name}" for name, size in files.items()]
         written = [] if "README.md" in files else ["and a README.md with the record of the run"]
         _print(options, result, "\n".join([f"would push {what}", *lines, *written]))
         return
+    same = [p for p in pending_pushes(options.source) if (p.repo_id, p.branch) == (options.repo, options.branch)]
+    if same:
+        raise HubError(
+            f"{len(same)} older pushes to {options.repo} are queued and would come after this one: "
+            f"run `{command('push', options.source)}` first."
+        )
     print(f"pushing {what}", file=sys.stderr, flush=True)
     commit = push_model(
         model,

@@ -4,13 +4,12 @@ import argparse
 import logging
 import math
 import shlex
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tinygpt.cli._parser import suggestion, typed_path, unescaped
-from tinygpt.cli._words import command, is_out_of_memory, ways_on
-from tinygpt.errors import CheckpointError, ConfigError, TinyGPTError
+from tinygpt.cli._words import command, ways_on
+from tinygpt.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from tinygpt.recipe import Recipe
@@ -75,8 +74,8 @@ def overrides_of(options: argparse.Namespace) -> dict[str, str]:
     return {name: unescaped(value) if name == "data.separator" else value for name, value in options.overrides.items()}
 
 
-def add_resume_options(parser: argparse.ArgumentParser) -> None:
-    """Add how to go on from a checkpoint."""
+def add_training_options(parser: argparse.ArgumentParser) -> None:
+    """Add what `train` and `resume` have in common: how to go on from a checkpoint, and what is told on the way."""
     parser.add_argument(
         "--accept",
         action="append",
@@ -94,6 +93,7 @@ def add_resume_options(parser: argparse.ArgumentParser) -> None:
         help="send the run's numbers there as well, under the name of its folder; may be repeated",
     )
     parser.add_argument("--quiet", action="store_true", help="show no progress bar")
+    parser.set_defaults(goes_on=True, trains=True)
 
 
 def train(recipe: "Recipe", out: Path, options: argparse.Namespace) -> None:
@@ -110,7 +110,7 @@ def train(recipe: "Recipe", out: Path, options: argparse.Namespace) -> None:
         recipe = recipe.replace(trackers=list(dict.fromkeys([*recipe.trackers, *options.tracker])))
     recipe.check(out)
     print(recipe.plan(), flush=True)
-    run = recipe.build(out)
+    run = recipe.build(out, progress=not options.quiet)
     try:
         with stopped_runs_go_on_by(command("resume", str(out))):
             last = run.fit(
@@ -147,21 +147,3 @@ def _check_branch(recipe: "Recipe", branch_from: Path, out: Path) -> None:
             f"{branch_from} stands at step {done:,} and this run ends at {recipe.total_steps:,}, so nothing is left to "
             "train; give more by --num-steps, or an earlier checkpoint."
         )
-
-
-def out_of_memory(run: Callable[[argparse.Namespace], None]) -> Callable[[argparse.Namespace], Any]:
-    """Let a command that runs out of memory say what to do about it."""
-
-    def guarded(options: argparse.Namespace) -> None:
-        try:
-            run(options)
-        except (MemoryError, RuntimeError) as error:
-            if isinstance(error, TinyGPTError) or not is_out_of_memory(error):
-                raise
-            where = "GPU" if type(error).__name__ == "OutOfMemoryError" else "machine"
-            raise ConfigError(
-                f"the {where} has too little memory; --micro-batch-rows auto computes as many rows at a time as fit; "
-                "if it is on, --activation-checkpointing block keeps the least, and tinygpt plan tells what would fit."
-            ) from None
-
-    return guarded

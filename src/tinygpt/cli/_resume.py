@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from tinygpt.cli._parser import typed_path
-from tinygpt.cli._recipe import FIELDS, add_resume_options, out_of_memory, overrides_of, train
+from tinygpt.cli._recipe import FIELDS, add_training_options, overrides_of, train
 
 
 def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -19,8 +19,8 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         epilog="example: tinygpt resume runs/first --num-steps 1000 --rewarm-steps 50",
     )
     parser.add_argument("run_folder", metavar="RUN", type=typed_path, help="folder of the run")
-    add_resume_options(parser)
-    parser.set_defaults(run=out_of_memory(_run), goes_on=True)
+    add_training_options(parser)
+    parser.set_defaults(run=_run)
 
 
 def _run(options: argparse.Namespace) -> None:

@@ -40,9 +40,7 @@ def model_folder(source: str, *, revision: str | None = None) -> Path:
         raise ConfigError(f"--revision is for a repository of the Hub, and {folder} is a folder here.")
     if not (folder / "checkpoints").is_dir():
         if (folder / "recipe.json").exists():
-            raise CheckpointError(
-                f"the run {folder} has no checkpoint yet; {command('resume', str(folder))} trains it."
-            )
+            raise _untrained(folder)
         if not folder.is_dir():
             return repository_folder(source, revision=revision)
         if not (folder / "config.json").exists():
@@ -129,10 +127,11 @@ def _parts(folder: Path) -> dict[str, Any]:
 def open_text(
     path: str, options: argparse.Namespace, *, embedded: Literal["train", "validation"] = "train"
 ) -> "DocumentSource":
-    """Open the text that a path means, by the options --text-key and --separator; `embedded` is part of the book."""
+    """Open the text that a path means, by the options of the command; `embedded` is part of the book."""
     from tinygpt.data import embedded_corpus, open_source
 
     if path == "embedded":
         return embedded_corpus(embedded)
     separator = None if options.separator is None else unescaped(options.separator)
-    return open_source(path, text_key=options.text_key or "text", separator=separator)
+    on_error: Any = getattr(options, "on_error", "raise")
+    return open_source(path, text_key=options.text_key or "text", separator=separator, on_error=on_error)

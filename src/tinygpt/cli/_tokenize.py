@@ -4,10 +4,11 @@ import argparse
 import sys
 from typing import TYPE_CHECKING, TextIO
 
-from tinygpt.cli._parser import typed_path, unescaped
+from tinygpt.cli._parser import typed_path
+from tinygpt.cli._source import open_text
 
 if TYPE_CHECKING:
-    from tinygpt.data import DocumentSource, TokenizeProgress
+    from tinygpt.data import TokenizeProgress
 
 _BAR_WIDTH = 24
 
@@ -46,15 +47,10 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
 
 
 def _run(options: argparse.Namespace) -> None:
-    from tinygpt.data import embedded_corpus, open_source, tokenize_documents
+    from tinygpt.data import skipped_of, tokenize_documents
     from tinygpt.tokenizer import load_tokenizer
 
-    separator = None if options.separator is None else unescaped(options.separator)
-    source: DocumentSource
-    if options.source == "embedded":
-        source = embedded_corpus("train")
-    else:
-        source = open_source(options.source, text_key=options.text_key, separator=separator, on_error=options.on_error)
+    source = open_text(options.source, options)
     bar = None if options.quiet else _ProgressBar(sys.stderr)
     sizes = {} if options.shard_tokens is None else {"shard_tokens": options.shard_tokens}
     try:
@@ -69,7 +65,7 @@ def _run(options: argparse.Namespace) -> None:
     finally:
         if bar is not None:
             bar.end()
-    for skipped in getattr(source, "skipped", ()):
+    for skipped in skipped_of(source):
         print(f"skipped {skipped.count:,} in {skipped.file}: {skipped.reason}, first {skipped.first}")
     print(
         f"{options.out}: {len(shards):,} documents, {shards.num_tokens:,} tokens in {shards.num_shards:,} shards, "

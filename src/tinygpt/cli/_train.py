@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from tinygpt.cli._parser import typed_path
-from tinygpt.cli._recipe import FIELDS, add_recipe_options, add_resume_options, out_of_memory, recipe_of, train
+from tinygpt.cli._recipe import FIELDS, add_recipe_options, add_training_options, recipe_of, train
 
 
 def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -29,8 +29,8 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         type=typed_path,
         help="branch: begin with the whole state of this checkpoint of another run, compared as by resume",
     )
-    add_resume_options(parser)
-    parser.set_defaults(run=out_of_memory(_run), goes_on=True)
+    add_training_options(parser)
+    parser.set_defaults(run=_run)
 
 
 def _run(options: argparse.Namespace) -> None:

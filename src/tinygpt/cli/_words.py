@@ -107,6 +107,17 @@ def _accepting(topics: list[str]) -> list[str]:
     return [word for topic in topics for word in ("--accept", topic)]
 
 
+def no_memory(error: BaseException, options: argparse.Namespace | None) -> str:
+    """Return what to do where memory was too little."""
+    if not hasattr(options, "trains"):
+        return "there is too little memory for this; take fewer rows, texts or tokens at a time, or a smaller model."
+    where = "GPU" if type(error).__name__ == "OutOfMemoryError" else "machine"
+    return (
+        f"the {where} has too little memory; --micro-batch-rows auto computes as many rows at a time as fit; "
+        "if it is on, --activation-checkpointing block keeps the least, and tinygpt plan tells what would fit."
+    )
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether a GPU or this machine had no memory left; torch has a class of its own for GPUs alone."""
     return (

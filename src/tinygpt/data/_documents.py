@@ -15,6 +15,10 @@ Cursor: TypeAlias = dict[str, Any]
 """A place between two documents of a source, as JSON values; only the source that made it can read it."""
 
 
+NO_TOKENS = "the source has no document with a token in it; give it text."
+_FINGERPRINTED = 1000  # documents
+
+
 class DocumentSource(Protocol):
     """A sequence of documents that can be read from the middle. Any class with these two methods will do."""
 
@@ -30,9 +34,6 @@ class DocumentSource(Protocol):
 
     def fingerprint(self) -> str:
         """Return a digest that differs when the documents differ; a saved state is refused on another one."""
-
-
-_FINGERPRINTED = 1000  # documents
 
 
 class TextDocuments:

@@ -41,6 +41,11 @@ class FileSource:
         self._faults = faults
 
     @property
+    def _settings(self) -> str:
+        """What decides, besides the files, which documents there are."""
+        return self._format.settings + (f" skip {self._format.limit}" if self._faults.on_error == "skip" else "")
+
+    @property
     def skipped(self) -> tuple[Skipped, ...]:
         """What was passed over since this source was made, by file and reason; empty unless `on_error="skip"`."""
         return self._faults.skipped()
@@ -134,8 +139,7 @@ class LocalFiles(FileSource):
         Raises:
             DataError: If a file has gone.
         """
-        skipping = f" skip {self._format.limit}" if self._faults.on_error == "skip" else ""
-        digest = hashlib.sha256((self._format.settings + skipping).encode())
+        digest = hashlib.sha256(self._settings.encode())
         whole = sum(file.size for file in self._files) <= _HASHED_WHOLE_BYTES
         for (name, _, _), path in zip(self._files, self._paths, strict=True):
             try:

@@ -27,14 +27,9 @@ class Format(Protocol):
         limit: Longest document in bytes.
     """
 
-    @property
-    def suffixes(self) -> tuple[str, ...]: ...
-
-    @property
-    def settings(self) -> str: ...
-
-    @property
-    def limit(self) -> int: ...
+    suffixes: tuple[str, ...]
+    settings: str
+    limit: int
 
     def documents(self, file: BufferedReader, name: str, place: Cursor, faults: Faults) -> Iterator[tuple[str, Cursor]]:
         """Yield the documents behind `place`, or all if it is empty, each with the place behind it.

@@ -3,11 +3,12 @@
 import hashlib
 import json
 import re
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import closing
 from functools import partial
 from io import BufferedReader
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import unquote
 
 from tinygpt.data._faults import WHOLE_FILE, Faults, OnError
@@ -17,6 +18,9 @@ from tinygpt.data._hub_cache import DamagedDownloadError, FileCache, RemoteFile
 from tinygpt.data._parquet import ParquetFormat
 from tinygpt.errors import ConfigError, DataError
 from tinygpt.hub._retry import with_retries
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
 
 HUB_SCHEME = "hf://"
 
@@ -112,28 +116,21 @@ class HubFiles(FileSource):
         folder = root.expanduser() / repo.replace("/", "--") / commit
         self._repo = repo
         self._files_ahead = files_ahead
-        self._make_cache: Callable[[], FileCache] = partial(
-            FileCache,
-            folder,
-            usable,
-            cache_bytes,
-            partial(
-                hf_hub_download,
-                repo,
-                repo_type="dataset",
-                revision=commit,
-                local_dir=folder,
-                token=token,
-                endpoint=endpoint,
-            ),
-            retries,
+        download = partial(
+            hf_hub_download,
+            repo,
+            repo_type="dataset",
+            revision=commit,
+            local_dir=folder,
+            token=token,
+            endpoint=endpoint,
         )
+        self._make_cache = partial(FileCache, folder, usable, cache_bytes, download, retries)
         self._cache: FileCache | None = None
 
     def fingerprint(self) -> str:
         """Return a SHA-256 hex digest of names, sizes and hashes of the files, as the repository lists them."""
-        skipping = f" skip {self._format.limit}" if self._faults.on_error == "skip" else ""
-        listing = [self._repo, self._format.settings + skipping, self._files]
+        listing = [self._repo, self._settings, self._files]
         return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
 
     def __getstate__(self) -> dict[str, object]:
@@ -151,12 +148,10 @@ class HubFiles(FileSource):
                     yield file
 
 
-def _list(api: object, repo: str, revision: str | None) -> tuple[str, list[RemoteFile]]:
+def _list(api: "HfApi", repo: str, revision: str | None) -> tuple[str, list[RemoteFile]]:
     """Return the commit of a revision and every file in it."""
-    from huggingface_hub import HfApi
     from huggingface_hub.hf_api import RepoFile
 
-    assert isinstance(api, HfApi)
     commit = api.dataset_info(repo, revision=revision).sha
     assert commit is not None, "the Hub names the commit of every repository"
     tree = api.list_repo_tree(repo, recursive=True, revision=commit, repo_type="dataset")

@@ -128,13 +128,12 @@ class BatchLoader:
             buffer_documents=buffer_documents,
             overflow=overflow,
         )
+        self._rows = rows
+        self._seq_len = seq_len
+        self._rank = rank
+        self._world_size = world_size
+        self._pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
         self._prefetch = prefetch
-        self._dealing: dict[str, Any] = {
-            "rows": rows,
-            "rank": rank,
-            "world_size": world_size,
-            "pin_memory": torch.cuda.is_available() if pin_memory is None else pin_memory,
-        }
         # What decides the stream of rows; how it is dealt out to batches and ranks does not.
         self._settings: dict[str, int | str | None] = {
             "seq_len": seq_len,
@@ -155,12 +154,12 @@ class BatchLoader:
     @property
     def rows(self) -> int:
         """Rows in a batch of this process."""
-        return int(self._dealing["rows"])
+        return self._rows
 
     @property
     def seq_len(self) -> int:
         """Positions in a row."""
-        return int(str(self._settings["seq_len"]))
+        return self._seq_len
 
     @property
     def source(self) -> DocumentSource | TokenShards:
@@ -170,7 +169,7 @@ class BatchLoader:
     @property
     def world_size(self) -> int:
         """Number of processes that rows are dealt out to."""
-        return int(self._dealing["world_size"])
+        return self._world_size
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -197,7 +196,8 @@ class BatchLoader:
     def __next__(self) -> Batch:
         """Return the next batch, `(rows, seq_len)` int64 on the CPU."""
         if self._batches is None:
-            self._batches = Ahead(_make_batches(self._stream, **self._dealing), self._prefetch)
+            batches = _make_batches(self._stream, self._rows, self._rank, self._world_size, self._pin_memory)
+            self._batches = Ahead(batches, self._prefetch)
         try:
             batch, self._mark = next(self._batches)
         except BaseException:
@@ -205,11 +205,10 @@ class BatchLoader:
             raise
         if self._mark.epoch and not self._told and self._mark.packer.counts.cropped_fraction > _MUCH_CROPPED:
             self._told = True
-            share = self._mark.packer.counts.cropped_fraction
             logger.warning(
                 "%.0f %% of the tokens read were cropped: documents are longer than a row of %d. Keep them with "
                 "overflow='carry', or cut documents smaller, by TextFiles(..., separator=...) for example.",
-                100 * share,
+                100 * self._mark.packer.counts.cropped_fraction,
                 self.seq_len,
             )
         return batch
@@ -261,7 +260,7 @@ class BatchLoader:
 
 
 def _make_batches(
-    stream: RowStream, *, rows: int, rank: int, world_size: int, pin_memory: bool
+    stream: RowStream, rows: int, rank: int, world_size: int, pin_memory: bool
 ) -> Iterator[tuple[Batch, Mark]]:
     """Yield every batch with the place behind it; runs in the thread that works ahead."""
     while True:

@@ -42,7 +42,7 @@ class ParquetFormat:
             if not self._has_column(table.schema_arrow, name, faults):
                 return
             groups = table.metadata.num_row_groups
-            group = cursor_number(place, "row_group", groups) if place else 0
+            group = cursor_number(place, "row_group", groups - 1) if place else 0
             start = cursor_number(place, "row", table.metadata.row_group(group).num_rows) if place else 0
             for number in range(group, groups):
                 for row, text in self._rows(table, number, start, name, faults):
@@ -58,21 +58,21 @@ class ParquetFormat:
         import pyarrow.types as types
 
         if self._column not in schema.names:
-            message = f"{name} has no column {self._column!r}; its columns are {schema.names}; choose a text_key."
-            faults.note(name, WHOLE_FILE, f"no column {self._column!r}", message)
-            return False
-        if schema.names.count(self._column) > 1:
-            message = f"{name} has several columns {self._column!r}; write it again with one, or choose a text_key."
-            faults.note(name, WHOLE_FILE, f"several columns {self._column!r}", message)
-            return False
-        kind = schema.field(self._column).type
-        value = kind.value_type if types.is_dictionary(kind) else kind
-        if not (types.is_string(value) or types.is_large_string(value) or types.is_string_view(value)):
+            reason = f"no column {self._column!r}"
+            message = f"{name} has {reason}; its columns are {schema.names}; choose a text_key."
+        elif schema.names.count(self._column) > 1:
+            reason = f"several columns {self._column!r}"
+            message = f"{name} has {reason}; write it again with one, or choose a text_key."
+        else:
+            kind = schema.field(self._column).type
+            value = kind.value_type if types.is_dictionary(kind) else kind
+            if types.is_string(value) or types.is_large_string(value) or types.is_string_view(value):
+                return True
             texts = [field.name for field in schema if types.is_string(field.type) or types.is_large_string(field.type)]
+            reason = "not a column of text"
             message = f"{name}: column {self._column!r} is {kind}; columns of text are {texts}; choose a text_key."
-            faults.note(name, WHOLE_FILE, "not a column of text", message)
-            return False
-        return True
+        faults.note(name, WHOLE_FILE, reason, message)
+        return False
 
     def _rows(self, table: Any, group: int, start: int, name: str, faults: Faults) -> Iterator[tuple[int, str]]:
         """Yield the usable documents of one row group from a row on, each with its row."""

@@ -1,12 +1,12 @@
 """The stream of packed rows that all ranks and all batch sizes share, and places in it."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import NamedTuple, Self
 
 import numpy as np
 
-from tinygpt.data._documents import Cursor, DocumentSource
+from tinygpt.data._documents import NO_TOKENS, Cursor, DocumentSource
 from tinygpt.data._packing import Packer, PackerState, TokenArray
 from tinygpt.data._prefetch import Ahead, map_ahead
 from tinygpt.data._shards import TokenShards
@@ -19,7 +19,6 @@ _CHUNK_DOCUMENTS = 64
 _CHUNK_CHARACTERS = 1 << 18
 
 _Chunk = list[tuple[str, Cursor]]
-_Encoded = list[tuple[TokenArray, Cursor]]
 
 
 class Mark(NamedTuple):
@@ -116,7 +115,7 @@ class _Epoch:
             self._found = self._found or len(tokens) > 0
             return tokens
         if not self._found:
-            raise DataError("the source has no document with a token in it; give it text.")
+            raise DataError(NO_TOKENS)
         raise StopIteration
 
     def close(self) -> None:
@@ -131,15 +130,12 @@ def _encoded(
     if isinstance(source, TokenShards):
         yield from source.read(cursor)
         return
-    for chunk in map_ahead(_encoder(tokenizer), _chunks(source.read(cursor)), workers=workers):
+    for chunk in map_ahead(partial(_encode, tokenizer), _chunks(source.read(cursor)), workers=workers):
         yield from chunk
 
 
-def _encoder(tokenizer: Tokenizer) -> Callable[[_Chunk], _Encoded]:
-    def encode(chunk: _Chunk) -> _Encoded:
-        return [(encode_array(tokenizer, text).view(np.int32), cursor) for text, cursor in chunk]
-
-    return encode
+def _encode(tokenizer: Tokenizer, chunk: _Chunk) -> list[tuple[TokenArray, Cursor]]:
+    return [(encode_array(tokenizer, text).view(np.int32), cursor) for text, cursor in chunk]
 
 
 def _chunks(documents: Iterator[tuple[str, Cursor]]) -> Iterator[_Chunk]:

@@ -16,10 +16,10 @@ import numpy.typing as npt
 from tinygpt.config import Config
 from tinygpt.data._documents import Cursor, cursor_number
 from tinygpt.data._packing import TokenArray
-from tinygpt.errors import ConfigError, DataError
+from tinygpt.errors import CheckpointError, ConfigError, DataError
+from tinygpt.manifest import MANIFEST_FILE, read_json
 from tinygpt.tokenizer import Tokenizer, load_tokenizer
 
-MANIFEST_FILE = "manifest.json"
 TOKENIZER_FOLDER = "tokenizer"
 
 # How many offsets become Python integers at a time.
@@ -82,16 +82,14 @@ class TokenShards:
 
     def __init__(self, folder: str | os.PathLike[str], *, verify: bool = True) -> None:
         self._folder = Path(folder)
-        self._manifest = _read_manifest(self._folder)
+        self._manifest = read_manifest(self._folder)
         # The checks that remain to be done at first use.
         self._unverified = set(range(len(self._manifest.shards))) if verify else set[int]()
         self._starts = list(accumulate((shard.documents for shard in self._manifest.shards), initial=0))
         for name, sha256 in self._manifest.tokenizer_files.items():
             _check_hash(self._folder / TOKENIZER_FOLDER / name, sha256)
-        for index, shard in enumerate(self._manifest.shards):
-            tokens, offsets = shard_files(self._folder, index)
-            _check_size(tokens, shard.tokens * self.dtype.itemsize)
-            _check_size(offsets, (shard.documents + 1) * 8)
+        for index in range(self.num_shards):
+            self._check_sizes(index)
         self._mapped: tuple[int, npt.NDArray[Any], npt.NDArray[np.int64]] | None = None
 
     @property
@@ -176,6 +174,12 @@ class TokenShards:
         for index in range(self.num_shards):
             self._check_shard(index)
 
+    def _check_sizes(self, index: int) -> None:
+        shard = self._manifest.shards[index]
+        tokens, offsets = shard_files(self._folder, index)
+        _check_size(tokens, shard.tokens * self.dtype.itemsize)
+        _check_size(offsets, (shard.documents + 1) * 8)
+
     def _check_shard(self, index: int) -> None:
         tokens, offsets = shard_files(self._folder, index)
         _check_hash(tokens, self._manifest.shards[index].tokens_sha256)
@@ -189,11 +193,10 @@ class TokenShards:
             return mapped[1], mapped[2]
         if index in self._unverified:
             self._check_shard(index)
+        # Sizes again: reading a map behind the end of a file that shrank would kill the process.
+        self._check_sizes(index)
         shard = self._manifest.shards[index]
         tokens_file, offsets_file = shard_files(self._folder, index)
-        # Sizes again: reading a map behind the end of a file that shrank would kill the process.
-        _check_size(tokens_file, shard.tokens * self.dtype.itemsize)
-        _check_size(offsets_file, (shard.documents + 1) * 8)
         offsets = np.fromfile(offsets_file, dtype="<i8")
         if offsets[0] != 0 or offsets[-1] != shard.tokens or (np.diff(offsets) < 0).any():
             raise DataError(f"{offsets_file} is damaged: offsets must rise from 0 to {shard.tokens}; tokenize again.")
@@ -203,6 +206,15 @@ class TokenShards:
                 tokens = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype=self.dtype)
         self._mapped = (index, tokens, offsets)
         return tokens, offsets
+
+
+def holds_shards(folder: Path) -> bool:
+    """Return whether a folder is one of token shards, whole or not; other programs write a manifest.json as well."""
+    try:
+        kind = read_json(folder / MANIFEST_FILE).get("kind")
+    except CheckpointError:
+        return shard_files(folder, 0)[0].exists()
+    return kind == Manifest.model_fields["kind"].default
 
 
 def shard_files(folder: Path, index: int) -> tuple[Path, Path]:
@@ -216,7 +228,12 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _read_manifest(folder: Path) -> Manifest:
+def read_manifest(folder: Path) -> Manifest:
+    """Read and check what a finished folder says of itself.
+
+    Raises:
+        DataError: If there is none, or it is damaged.
+    """
     path = folder / MANIFEST_FILE
     try:
         manifest = Manifest.from_json(path.read_text("utf-8"))

@@ -10,19 +10,21 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from tinygpt._numbers import check_whole
+from tinygpt._disk import sync, write_text
+from tinygpt._numbers import check_whole, given
 from tinygpt.config import Config
-from tinygpt.data._documents import Cursor, DocumentSource
+from tinygpt.data._documents import NO_TOKENS, Cursor, DocumentSource
 from tinygpt.data._shards import (
-    MANIFEST_FILE,
     TOKENIZER_FOLDER,
     Manifest,
     ShardEntry,
     TokenShards,
     file_sha256,
+    read_manifest,
     shard_files,
 )
 from tinygpt.errors import ConfigError, DataError
+from tinygpt.manifest import MANIFEST_FILE
 from tinygpt.tokenizer import EncodedTexts, EncoderPool, Tokenizer
 
 _UNFINISHED_FILE = "unfinished.json"
@@ -110,7 +112,7 @@ def tokenize_documents(
         len(shards), shards.num_tokens  # (124, 1105943)
         ```
     """
-    check_whole(shard_tokens=shard_tokens)
+    check_whole(shard_tokens=shard_tokens, **given(processes=processes))
     if shard_tokens < 1:
         raise ConfigError(f"shard_tokens={shard_tokens} is not positive; choose 1 or more.")
     if processes is not None and processes < 1:
@@ -123,16 +125,15 @@ def tokenize_documents(
         shards=[],
     )
     if (folder / MANIFEST_FILE).exists():
+        _refuse_other(folder, wanted, read_manifest(folder))
         shards = TokenShards(folder)
-        manifest = Manifest.from_json((folder / MANIFEST_FILE).read_text("utf-8"))
-        _refuse_other(folder, wanted, manifest.model_dump())
         _remove_leftovers(folder)
         return shards
     plan = _begin(folder, wanted, tokenizer)
     with EncoderPool(folder / TOKENIZER_FOLDER, processes=processes) as pool:
         plan = _write_shards(folder, plan, source, pool, progress)
     if not any(shard.tokens for shard in plan.shards):
-        raise DataError("the source has no document with a token in it; give it text.")
+        raise DataError(NO_TOKENS)
     if source.fingerprint() != plan.source_fingerprint:
         raise DataError(f"the source changed while it was read; remove {folder} and tokenize again.")
     _finish(folder, plan, tokenizer)
@@ -147,7 +148,7 @@ def _begin(folder: Path, wanted: _Plan, tokenizer: Tokenizer) -> _Plan:
             plan = _Plan.from_json(path.read_text("utf-8"))
         except (ConfigError, UnicodeDecodeError) as error:
             raise DataError(f"{path} is damaged or from another version of tinygpt: {error}") from None
-        _refuse_other(folder, wanted, plan.model_dump())
+        _refuse_other(folder, wanted, plan)
         _check_finished(folder, plan, tokenizer)
     else:
         if folder.exists() and not folder.is_dir():
@@ -157,14 +158,14 @@ def _begin(folder: Path, wanted: _Plan, tokenizer: Tokenizer) -> _Plan:
             raise DataError(f"{folder} holds other files ({', '.join(sorted(strangers)[:3])}); choose a new folder.")
         folder.mkdir(parents=True, exist_ok=True)
         plan = wanted
-        _write_json(path, plan)
+        write_text(path, plan.to_json())
     tokenizer.save(folder / TOKENIZER_FOLDER)
     return plan
 
 
-def _refuse_other(folder: Path, wanted: _Plan, found: dict[str, Any]) -> None:
+def _refuse_other(folder: Path, wanted: _Plan, found: _Plan | Manifest) -> None:
     for name in ("source_fingerprint", "tokenizer_fingerprint", "shard_tokens"):
-        was, now = found[name], getattr(wanted, name)
+        was, now = getattr(found, name), getattr(wanted, name)
         if was != now:
             was, now = (value[:12] if isinstance(value, str) else value for value in (was, now))
             raise DataError(
@@ -200,7 +201,7 @@ def _write_shards(
     def close_shard(cursor: Cursor) -> None:
         nonlocal plan, writer
         plan = plan.replace(shards=[*plan.shards, writer.close()], cursor=cursor)
-        _write_json(folder / _UNFINISHED_FILE, plan)
+        write_text(folder / _UNFINISHED_FILE, plan.to_json())
         writer = _ShardWriter(folder, len(plan.shards))
 
     try:
@@ -294,14 +295,12 @@ class _ShardWriter:
     def close(self) -> ShardEntry:
         """Make both files durable and give them their names."""
         offsets = np.concatenate(self._ends).tobytes()
-        with self._temporary[1].open("wb") as file:
-            file.write(offsets)
-            _sync(file)
-        _sync(self._tokens_file)
+        self._temporary[1].write_bytes(offsets)
         self._tokens_file.close()
         for temporary, path in zip(self._temporary, self._paths, strict=True):
-            os.replace(temporary, path)
-        _sync_folder(self._paths[0].parent)
+            sync(temporary)
+            temporary.replace(path)
+        sync(self._paths[0].parent)
         return self.entry(hashlib.sha256(offsets).hexdigest())
 
     def discard(self) -> None:
@@ -322,7 +321,7 @@ def _finish(folder: Path, plan: _Plan, tokenizer: Tokenizer) -> None:
         shard_tokens=plan.shard_tokens,
         shards=plan.shards,
     )
-    _write_json(folder / MANIFEST_FILE, manifest.replace(sha256=manifest.digest()))
+    write_text(folder / MANIFEST_FILE, manifest.replace(sha256=manifest.digest()).to_json())
     _remove_leftovers(folder)
 
 
@@ -335,27 +334,3 @@ def _remove_leftovers(folder: Path) -> None:
 
 def _dtype(tokenizer: Tokenizer) -> Literal["uint16", "uint32"]:
     return "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
-
-
-def _write_json(path: Path, content: Config) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8", newline="\n") as file:
-        file.write(content.to_json())
-        _sync(file)
-    os.replace(temporary, path)
-    _sync_folder(path.parent)
-
-
-def _sync(file: Any) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make renames in a folder durable, where the system lets folders be opened."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tinygpt._disk import replacing
 from tinygpt._numbers import check_whole, given
 from tinygpt.data._batch import IGNORE_INDEX, Batch
-from tinygpt.data._documents import DocumentSource
+from tinygpt.data._documents import NO_TOKENS, DocumentSource
 from tinygpt.data._packing import pack_rows
 from tinygpt.errors import ConfigError, DataError
 from tinygpt.tokenizer import Tokenizer
@@ -86,7 +87,7 @@ class ValidationSet:
         packed = pack_rows(documents, row_tokens=seq_len + 1, bos_token_id=tokenizer.bos_token_id, overflow="carry")
         kept = list(packed)
         if not kept:
-            raise DataError("the source has no document with a token in it; give it text.")
+            raise DataError(NO_TOKENS)
         token_rows = torch.from_numpy(np.stack(kept))
         token_bytes = torch.tensor(tokenizer.token_bytes())
         num_bytes = _count_bytes(token_rows, token_bytes)
@@ -102,7 +103,7 @@ class ValidationSet:
 
         A run that loads it measures on the same tokens for good, whatever becomes of files and tokenizer.
         """
-        from safetensors.torch import save
+        from safetensors.torch import save_file
 
         tensors = {"token_rows": self.token_rows.contiguous(), "token_bytes": self.token_bytes.contiguous()}
         metadata = {
@@ -114,15 +115,8 @@ class ValidationSet:
         }
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-        try:
-            with temporary.open("wb") as file:
-                file.write(save(tensors, metadata))
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, target)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with replacing(target) as temporary:
+            save_file(tensors, temporary, metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, rows: int | None = None) -> "ValidationSet":

@@ -13,6 +13,8 @@ from tinygpt._numbers import check_whole, given
 from tinygpt.data import IGNORE_INDEX, Batch, ValidationSet
 from tinygpt.errors import ConfigError, DataError
 
+NO_TEXT = "the validation set has no text: every target is a special token or ignored."
+
 
 @dataclass(frozen=True)
 class BpbReport:
@@ -100,15 +102,15 @@ def evaluate_bpb(model: nn.Module, validation: ValidationSet, *, micro_batch_row
         for cpu_batch in validation:
             for parts in zip(*(torch.split(part, micro_batch_rows or len(part)) for part in cpu_batch), strict=True):
                 batch = Batch(*parts).to(device)
-                num_bytes = _target_bytes(batch.targets, token_bytes)
-                losses = _token_losses(model, batch)
+                num_bytes = target_bytes(batch.targets, token_bytes)
+                losses = token_losses(model, batch)
                 sums.append((losses * (num_bytes > 0)).sum())
                 counted += torch.stack(((num_bytes > 0).sum(), num_bytes.sum()))
     finally:
         model.train(was_training)
     num_tokens, total_bytes = counted.tolist()
     if not total_bytes:
-        raise DataError("the validation set has no text: every target is a special token or ignored.")
+        raise DataError(NO_TEXT)
     nats = float(torch.stack(sums).cpu().double().sum())
     return BpbReport(
         bpb=nats / math.log(2) / total_bytes,
@@ -141,21 +143,22 @@ def unigram_bpb(training: Iterable[Batch], validation: ValidationSet) -> float:
     bits = -(counts / counts.sum()).log2()
     total_bits, total_bytes = 0.0, 0
     for batch in validation:
-        num_bytes = _target_bytes(batch.targets, token_bytes)
+        num_bytes = target_bytes(batch.targets, token_bytes)
         total_bits += float(bits[batch.targets[num_bytes > 0]].sum())
         total_bytes += int(num_bytes.sum())
     if not total_bytes:
-        raise DataError("the validation set has no text: every target is a special token or ignored.")
+        raise DataError(NO_TEXT)
     return total_bits / total_bytes
 
 
-def _target_bytes(targets: Tensor, token_bytes: Tensor) -> Tensor:
+def target_bytes(targets: Tensor, token_bytes: Tensor) -> Tensor:
     """Return the bytes of each target, 0 where ignored: `(batch, seq)`."""
     ignored = targets == IGNORE_INDEX
     return token_bytes[targets.masked_fill(ignored, 0)].masked_fill(ignored, 0)
 
 
-def _token_losses(model: nn.Module, batch: Batch) -> Tensor:
+def token_losses(model: nn.Module, batch: Batch) -> Tensor:
+    """Return the loss of each target in nats, by the model's own method if it has one: `(batch, seq)`."""
     own = getattr(model, "token_losses", None)
     if callable(own):
         return own(batch.inputs, batch.targets)

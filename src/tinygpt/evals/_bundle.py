@@ -77,7 +77,7 @@ class EvalBundle:
     _root: "Path | zipfile.Path" = field(repr=False)
 
     @classmethod
-    def open(cls, location: str | Path, *, cache_dir: str | Path | None = None) -> "EvalBundle":
+    def open(cls, location: str | Path, *, cache_dir: str | Path | None = None, progress: bool = True) -> "EvalBundle":
         """Read the tasks of a bundle; their items are read when they are needed.
 
         A zip file is read where it lies and never unpacked. The network is used for nothing but an address given here.
@@ -85,6 +85,7 @@ class EvalBundle:
         Args:
             location: A folder, a `.zip` file of one, or the `https://` address of such a file.
             cache_dir: Where a fetched file is kept. None is a folder `tinygpt` in the Hub client's home (`HF_HOME`).
+            progress: Whether fetching shows a bar on standard error.
 
         Raises:
             DataError: If there is no such bundle, it cannot be fetched, or a file of it is damaged or lacks something;
@@ -100,7 +101,8 @@ class EvalBundle:
             ```
         """
         name = str(location)
-        path = download(name, cache_dir) if name.startswith(("https://", "http://")) else Path(location).expanduser()
+        is_address = name.startswith(("https://", "http://"))
+        path = download(name, cache_dir, progress=progress) if is_address else Path(location).expanduser()
         root = _find_root(path, name)
         baselines = _read_baselines(root / _BASELINES_FILE)
         return cls(name, tuple(_read_tasks(root / _TASKS_FILE, baselines)), root)

@@ -155,7 +155,7 @@ def evaluate_core(
     check_vocabulary(model, tokenizer.vocab_size)
     context = context_of(model, max_seq_len)
     scorer = Scorer(model, batch_tokens, share_prefixes)
-    bundle = bundle if isinstance(bundle, EvalBundle) else EvalBundle.open(bundle)
+    bundle = bundle if isinstance(bundle, EvalBundle) else EvalBundle.open(bundle, progress=progress)
     if tasks is not None:
         bundle = bundle.select(tasks)
     folder = None if results is None else Path(results)
@@ -200,7 +200,7 @@ def _answer(
     tokenizer: Tokenizer,
     context: int | None,
     found: TaskResults,
-    advance: Callable[[int], None],
+    advance: Callable[[int], object],
 ) -> None:
     """Ask the items that `found` lacks."""
     missing = found.missing

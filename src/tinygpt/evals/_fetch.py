@@ -1,12 +1,12 @@
 """A file from an address the user gave, kept for the next time."""
 
 import hashlib
-import os
 import urllib.request
 from collections.abc import Callable
 from http.client import HTTPException
 from pathlib import Path
 
+from tinygpt._disk import replacing
 from tinygpt.errors import DataError
 from tinygpt.evals._progress import progress_bar
 
@@ -16,7 +16,7 @@ _TIMEOUT_SECONDS = 60
 _CHUNK_BYTES = 1 << 20
 
 
-def download(address: str, cache_dir: str | Path | None) -> Path:
+def download(address: str, cache_dir: str | Path | None, *, progress: bool) -> Path:
     """Return the local copy of a file, fetched whole or not at all, and only once.
 
     Raises:
@@ -30,25 +30,19 @@ def download(address: str, cache_dir: str | Path | None) -> Path:
     if target.is_file():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
-            _copy(address, file.write)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
+        with replacing(target) as temporary, temporary.open("wb") as file:
+            _copy(address, file.write, progress)
     except (OSError, HTTPException) as error:  # urllib's own errors are OSErrors
         raise DataError(f"{address} cannot be fetched: {error}.") from None
-    finally:
-        temporary.unlink(missing_ok=True)
     return target
 
 
-def _copy(address: str, write: Callable[[bytes], object]) -> None:
+def _copy(address: str, write: Callable[[bytes], object], progress: bool) -> None:
     with urllib.request.urlopen(address, timeout=_TIMEOUT_SECONDS) as response:
         size = response.length
         received = 0
-        with progress_bar("fetching the bundle", total=size, unit="B", enabled=True) as advance:
+        with progress_bar("fetching the bundle", total=size, unit="B", enabled=progress) as advance:
             while chunk := response.read(_CHUNK_BYTES):
                 received += len(chunk)
                 if received > _MAX_DOWNLOAD_BYTES:

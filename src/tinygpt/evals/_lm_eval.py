@@ -170,12 +170,16 @@ class LMEvalAdapter:
         """Return a row a request, those with one context after another together, as far as they fit into a batch."""
         groups: list[list[Row]] = []
         last: list[int] | None = None
+        longest = 0
         for _, context, continuation in requests:
             row = self._row(context, continuation)
-            if context == last and (len(groups[-1]) + 1) * len(row.tokens) <= self._scorer.batch_tokens:
+            fitting = max(longest, len(row.tokens))
+            if context == last and (len(groups[-1]) + 1) * fitting <= self._scorer.batch_tokens:
                 groups[-1].append(row)
+                longest = fitting
             else:
                 groups.append([row])
+                longest = len(row.tokens)
             last = context
         return groups
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from tinygpt.data import ValidationSet
 from tinygpt.errors import ConfigError, DataError
-from tinygpt.evals._bpb import _target_bytes, _token_losses
+from tinygpt.evals._bpb import NO_TEXT, target_bytes, token_losses
 from tinygpt.evals._scoring import device_of, evaluating
 
 
@@ -78,16 +78,16 @@ def loss_by_position(model: nn.Module, validation: ValidationSet, *, num_buckets
     with evaluating(model):
         for cpu_batch in validation:
             batch = cpu_batch.to(device)
-            num_bytes = _target_bytes(batch.targets, token_bytes)
+            num_bytes = target_bytes(batch.targets, token_bytes)
             counted = num_bytes > 0
-            nats = _token_losses(model, batch) * counted
+            nats = token_losses(model, batch) * counted
             found = torch.stack((nats.cpu().double(), counted.cpu().double(), num_bytes.cpu().double()))
             # (3, rows, seq) -> (3, rows, buckets)
             sums.append(found.new_zeros(*found.shape[:2], buckets).index_add_(2, owner, found))
     nats, tokens, num_bytes = torch.cat(sums, dim=1)
     kept = [index for index in range(buckets) if tokens[:, index].any()]
     if not kept:
-        raise DataError("the validation set has no text: every target is a special token or ignored.")
+        raise DataError(NO_TEXT)
     loss, loss_error = _ratios(nats[:, kept], tokens[:, kept])
     bpb, bpb_error = _ratios(nats[:, kept] / math.log(2), num_bytes[:, kept])
     return PositionCurve(

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 @contextmanager
 def progress_bar(
     description: str, *, total: int | None, done: int = 0, unit: str = "it", enabled: bool
-) -> Iterator[Callable[[int], None]]:
+) -> Iterator[Callable[[int], object]]:
     """Yield a function that adds to what is done: a moving bar on a terminal, a line now and then elsewhere."""
     if not enabled:
         yield lambda count: None
@@ -27,8 +27,4 @@ def progress_bar(
         ncols=None if terminal else 100,
         mininterval=0.2 if terminal else 20.0,
     ) as bar:
-
-        def advance(count: int) -> None:
-            bar.update(count)
-
-        yield advance
+        yield bar.update

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import re
 import time
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tinygpt._disk import write_text
 from tinygpt.errors import ConfigError, DataError
 from tinygpt.evals._scoring import LogitsModel
 
@@ -61,21 +61,14 @@ class TaskResults:
             "num_cropped": self.num_cropped,
         }
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}.tmp")
-        try:
-            with temporary.open("w", encoding="utf-8") as file:
-                json.dump(record, file, indent=1)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, self._path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_text(self._path, json.dumps(record, indent=1))
         self._written = time.monotonic()
 
     def _read(self, path: Path) -> None:
         try:
             record = json.loads(path.read_text("utf-8"))
             version, key, marks, cropped = (record[k] for k in ("format_version", "key", "correct", "num_cropped"))
+            self.num_cropped = int(cropped)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(f"{path} is damaged ({error!r}); delete it to ask these items again.") from None
         if version != _FORMAT_VERSION or not isinstance(key, dict):
@@ -86,7 +79,6 @@ class TaskResults:
         if not isinstance(marks, str) or len(marks) != len(self.correct) or set(marks) - set("01."):
             raise DataError(f"{path} is damaged: its answers do not fit the task; delete it to ask these items again.")
         self.correct = [None if mark == "." else mark == "1" for mark in marks]
-        self.num_cropped = int(cropped)
 
 
 def model_fingerprint(model: LogitsModel) -> str:

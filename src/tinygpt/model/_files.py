@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -69,6 +70,12 @@ def check_device(device: torch.device | str) -> torch.device:
     return checked
 
 
+def check_dtype(dtype: torch.dtype | None) -> None:
+    """Raise `ConfigError` if this is no dtype that weights can have; `None` leaves them as they are."""
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ConfigError(f"dtype {dtype!r} is not a floating-point dtype; use torch.bfloat16 for example.")
+
+
 def check_tokenizer(tokenizer: Tokenizer, config: GPTConfig) -> None:
     """Refuse a tokenizer that does not go with a model.
 
@@ -111,7 +118,16 @@ def read_config(folder: Path) -> GPTConfig:
         raise CheckpointError(f"{folder} is of nanochat; read it with tinygpt.interop.nanochat.load_checkpoint.")
     if (folder / MANIFEST_FILE).exists():
         check_manifest(folder, only=(CONFIG_FILE, WEIGHTS_FILE))
-    fields = read_json(path)
+    return parse_config(path, read_json(path))
+
+
+def parse_config(path: Path, fields: dict[str, Any]) -> GPTConfig:
+    """Return the config that the fields of a `config.json` describe.
+
+    Raises:
+        CheckpointError: If it is not a tinygpt config of a known version.
+    """
+    fields = dict(fields)
     if fields.pop("model_type", None) != "tinygpt":
         raise CheckpointError(
             f'{path} is not the config of a tinygpt model (no "model_type": "tinygpt"); '

@@ -17,6 +17,7 @@ from tinygpt.model._files import (
     WEIGHTS_FILE,
     check_blocks,
     check_device,
+    check_dtype,
     check_tokenizer,
     describe_blocks,
     load_weights,
@@ -112,8 +113,7 @@ class PretrainedFiles(nn.Module):
                 f"from_pretrained has no argument {min(unknown)!r}; besides revision, device, dtype, cache_dir, "
                 f"local_files_only and token it takes the parts {', '.join(_PARTS)}."
             )
-        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-            raise ConfigError(f"dtype {dtype!r} is not a floating-point dtype; use torch.bfloat16 for example.")
+        check_dtype(dtype)
         folder = hub.resolve(
             name_or_path, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token
         )

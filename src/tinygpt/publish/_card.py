@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean, median
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
@@ -15,6 +15,7 @@ from tinygpt.publish._markdown import code, number, plain, table
 from tinygpt.publish._record import RunRecord, choose_checkpoint, read_record, weight_bytes
 
 _LAST_STEPS = 50
+Values = Callable[..., Any]  # from nested keys to what a run wrote down under them
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.-]*")
 
 
@@ -137,19 +138,18 @@ def _metadata(
 ) -> str:
     from huggingface_hub import EvalResult, ModelCardData
 
-    results = None
-    if last := _last_evaluation(record):
-        results = [
-            EvalResult(
-                task_type="text-generation",
-                dataset_type="validation",
-                dataset_name=f"validation set {str(last.get('data_hash') or 'without a hash')[:12]}",
-                dataset_args={"data_hash": str(last["data_hash"])} if last.get("data_hash") else None,
-                metric_type="bits_per_byte",
-                metric_name="bits per byte",
-                metric_value=float(last["bpb"]),
-            )
-        ]
+    results = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type="validation",
+            dataset_name=f"validation set {str(last.get('data_hash') or 'without a hash')[:12]}",
+            dataset_args={"data_hash": str(last["data_hash"])} if last.get("data_hash") else None,
+            metric_type="bits_per_byte",
+            metric_name="bits per byte",
+            metric_value=float(last["bpb"]),
+        )
+        for last in _evaluations(record)[-1:]
+    ]
     data = ModelCardData(
         license=license,
         language=list(languages) or None,
@@ -159,7 +159,7 @@ def _metadata(
         datasets=list(datasets) or None,
         metrics=["bits_per_byte"] if results else None,
         model_name=name if results else None,
-        eval_results=results,
+        eval_results=results or None,
     )
     return str(data.to_yaml())
 
@@ -179,7 +179,6 @@ def _loading(record: RunRecord, repo_id: str | None, revision: str | None) -> st
     where = '"."  # the folder this file lies in' if repo_id is None else f'resolve("{repo_id}"'
     if repo_id is not None:
         where += f', revision="{revision}")' if revision else ")"
-    own = _own_blocks(record)
     lines = ["```bash", "pip install tinygpt", "```", "", "```python", "from tinygpt import GPT"]
     if record.has_tokenizer:
         lines.append("from tinygpt.generate import stream_text")
@@ -196,7 +195,7 @@ def _loading(record: RunRecord, repo_id: str | None, revision: str | None) -> st
             '    print(piece, end="")',
         ]
     text = "\n".join([*lines, "```"])
-    if own:
+    if own := _own_blocks(record):
         text += (
             f"\n\nIts blocks have parts that tinygpt does not build by itself: {code(own)}. "
             "`from_pretrained` needs the same parts, as its arguments `mlp`, `attention` or `block`."
@@ -224,7 +223,7 @@ def _architecture(record: RunRecord) -> str:
         ("stored as", ", ".join(f"{dtype} {count:,}" for dtype, count in record.parameters.items())),
     ]
     rows += [("size of the weights", f"{size / 1e6:,.1f} MB")] if size else []
-    roles = record.each_start(lambda of: _counts(of("model", "parameters")))
+    roles = record.each_start(_counts)
     rows += [("parameters by role", roles)] if roles else []
     rows += [(key, "none given" if value is None else value) for key, value in c.model_dump().items()]
     kinds = list(dict.fromkeys(record.blocks))
@@ -238,7 +237,7 @@ def _data(record: RunRecord, datasets: Sequence[str]) -> str:
     rows: list[tuple[str, Any]] = [
         ("data sets", ", ".join(datasets) or None),
         ("fingerprint of the text", _known(record, "source_fingerprint")),
-        ("tokenizer", record.each_start(lambda of: _tokenizer(of("data", "tokenizer"), of("data", "vocab_size")))),
+        ("tokenizer", record.each_start(_tokenizer)),
         ("fingerprint of the tokenizer", _known(record, "tokenizer_fingerprint")),
         ("tokens trained on", record.fact("tokens")),
         ("whole passes over the data", steps[-1].get("epoch") if steps else None),
@@ -250,19 +249,19 @@ def _data(record: RunRecord, datasets: Sequence[str]) -> str:
 
 def _training(record: RunRecord) -> str:
     steps = record.events("step")
-    losses = [float(s["loss"]) for s in steps[-_LAST_STEPS:] if isinstance(s.get("loss"), int | float)]
-    speeds = [float(s["tokens_per_second"]) for s in steps if isinstance(s.get("tokens_per_second"), int | float)]
+    losses = [float(s["loss"]) for s in steps[-_LAST_STEPS:] if _is_number(s.get("loss"))]
+    speeds = [float(s["tokens_per_second"]) for s in steps if _is_number(s.get("tokens_per_second"))]
     seconds = record.fact("elapsed_seconds")
     peak = steps[-1].get("peak_memory_bytes") if steps else None
     rows: list[tuple[str, Any]] = [
         ("steps", record.step),
         ("optimizer", record.fact("optimizer_class")),
         ("seed", record.each_start(lambda of: of("seed"))),
-        ("batch", record.each_start(lambda of: _batch(of))),
+        ("batch", record.each_start(_batch)),
         ("training time", _duration(seconds) if _is_number(seconds) else None),
         ("speed, median", f"{median(speeds):,.0f} tokens a second" if speeds else None),
         (f"training loss, mean of the last {len(losses)} steps", f"{fmean(losses):.4f}" if losses else None),
-        ("peak memory", f"{peak / 2**20:,.0f} MiB" if isinstance(peak, int | float) else None),
+        ("peak memory", f"{peak / 2**20:,.0f} MiB" if _is_number(peak) else None),
     ]
     settings, environment = record.fact("settings"), record.fact("environment")
     if isinstance(settings, dict):
@@ -278,22 +277,21 @@ def _training(record: RunRecord) -> str:
     return table(("", ""), rows)
 
 
-Values = Callable[..., Any]
-
-
 def _known(record: RunRecord, name: str) -> Any:
     """Return a fingerprint of all starts, or the one that the checkpoint was saved with."""
     return record.each_start(lambda of: of("data", name)) or record.fact("loader", name)
 
 
-def _counts(roles: Any) -> str | None:
+def _counts(of: Values) -> str | None:
+    roles = of("model", "parameters")
     if not isinstance(roles, dict):
         return None
     return ", ".join(f"{str(role).replace('_', ' ')} {number(count)}" for role, count in roles.items())
 
 
-def _tokenizer(name: Any, vocab_size: Any) -> str | None:
-    return None if name is None else f"{name} of {vocab_size} ids"
+def _tokenizer(of: Values) -> str | None:
+    name = of("data", "tokenizer")
+    return None if name is None else f"{name} of {of('data', 'vocab_size')} ids"
 
 
 def _batch(of: Values) -> str | None:
@@ -334,12 +332,12 @@ def _changes(record: RunRecord) -> str:
     return f"### Changes on the way\n\n{text}\n\n" + table(("after step", "what", "was", "became"), rows)
 
 
-def _last_evaluation(record: RunRecord) -> dict[str, Any] | None:
-    return next((line for line in reversed(record.events("evaluation")) if _is_number(line.get("bpb"))), None)
+def _evaluations(record: RunRecord) -> list[dict[str, Any]]:
+    return [line for line in record.events("evaluation") if _is_number(line.get("bpb"))]
 
 
 def _evaluation(record: RunRecord) -> str:
-    found = [line for line in record.events("evaluation") if _is_number(line.get("bpb"))]
+    found = _evaluations(record)
     if not found:
         return "Not recorded."
     last = found[-1]
@@ -362,7 +360,7 @@ def _limits(record: RunRecord) -> str:
         "It repeats errors and prejudices of the text it was trained on, and states falsehoods in a sure voice.",
         f"It sees no further back than {number(record.config.max_seq_len)} tokens.",
     ]
-    if _last_evaluation(record):
+    if _evaluations(record):
         lines.append("Bits per byte measure how well it predicts one kind of text. Nothing else is recorded.")
     else:
         lines.append("No measurement is recorded: measure it on your own text before you rely on it.")
@@ -373,5 +371,5 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 3600:,.2f} hours" if seconds >= 3600 else f"{seconds:,.0f} seconds"
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool)

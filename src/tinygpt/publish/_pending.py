@@ -6,14 +6,15 @@ import logging
 import os
 import re
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from pydantic import Field
 
 from tinygpt import hub
+from tinygpt._disk import write_text
 from tinygpt.checkpoint import checkpoint_step
 from tinygpt.config import Config
 from tinygpt.errors import CheckpointError, ConfigError, HubError
@@ -226,7 +227,8 @@ def make_push(queue: Path, push: PendingPush, *, token: str | None, retries: int
         )
     except HubError as error:
         with contextlib.suppress(OSError):  # a full disk must not hide why the push failed
-            _write(entry, push.replace(tries=push.tries + 1, error=str(error).replace(token or "\0", "<token>")))
+            tried = push.replace(tries=push.tries + 1, error=str(error).replace(token or "\0", "<token>"))
+            write_text(entry / _ENTRY_FILE, tried.to_json())
         raise
     with (queue / "pushed.jsonl").open("a", encoding="utf-8") as file:
         done = {"push": push.name, "repo_id": push.repo_id, "tags": push.tags, "commit": commit}
@@ -245,19 +247,12 @@ def drop_push(queue: Path, push: PendingPush) -> None:
 @contextlib.contextmanager
 def lock(queue: Path) -> Iterator[bool]:
     """Yield whether this is the only one at work in a queue; the system frees the lock of a process that died."""
-    with (queue / ".lock").open("a") as file:
-        try:
-            if sys.platform == "win32":
-                import msvcrt
-
-                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-            else:
-                import fcntl
-
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            yield False
-            return
+    try:
+        held = FileLock(queue / ".lock").acquire(timeout=0)
+    except Timeout:
+        yield False
+        return
+    with held:
         for leftover in [*queue.glob(".gone-*"), *queue.glob(".new-*")]:
             with contextlib.suppress(OSError):  # another process may be done with it by now
                 if leftover.name.startswith(".gone-") or time.time() - leftover.stat().st_mtime > _STALE_SECONDS:
@@ -277,9 +272,3 @@ def _read(entry: Path) -> PendingPush:
 
 def _entries(queue: Path) -> list[Path]:
     return list(queue.iterdir()) if queue.is_dir() else []
-
-
-def _write(entry: Path, push: PendingPush) -> None:
-    temporary = entry / f".{_ENTRY_FILE}.tmp"
-    temporary.write_text(push.to_json(), encoding="utf-8")
-    temporary.replace(entry / _ENTRY_FILE)

@@ -1,6 +1,5 @@
 """One model to the Hub, with its card and the picture of its run."""
 
-import json
 import logging
 import shutil
 import tempfile
@@ -8,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tinygpt import hub
+from tinygpt._disk import write_text
 from tinygpt.checkpoint import STATE_FILE
 from tinygpt.errors import CheckpointError, MissingDependencyError
 from tinygpt.hub import MODEL_FILES
@@ -34,9 +34,11 @@ def files_to_push(model: str | Path) -> list[Path]:
         model: A checkpoint, or a folder that `save_pretrained` wrote.
 
     Raises:
-        CheckpointError: If there is no model in it.
+        CheckpointError: If there is no such folder, or no model in it.
     """
     folder = Path(model)
+    if not folder.is_dir():
+        raise CheckpointError(f"there is no folder {folder}; give a checkpoint or a saved model.")
     files = sorted(
         path
         for path in folder.iterdir()
@@ -67,7 +69,7 @@ def push_model(
     """Push a model with its tokenizer, card and learning curve in one commit; return its address.
 
     The files are compared with the checkpoint's manifest first, so that a damaged model is never published. A
-    `README.md` that lies beside the model goes as it is; otherwise `model_card` writes one.
+    `README.md` or `curve.png` that lies beside the model goes as it is; otherwise one is made.
 
     Args:
         source: A run, a checkpoint, or a folder that `save_pretrained` wrote.
@@ -171,30 +173,20 @@ def write_card(
         datasets=datasets,
         picture=PICTURE_FILE if _draw(record, staged) else None,
     )
-    temporary = staged / f".{CARD_FILE}.tmp"
-    temporary.write_text(text, encoding="utf-8", newline="\n")
-    temporary.replace(staged / CARD_FILE)
+    write_text(staged / CARD_FILE, text)
 
 
 def _draw(record: RunRecord, folder: Path) -> bool:
-    """Draw the run up to these weights; return whether there is a picture."""
-    from tinygpt.report import plot_run
+    """Draw the run up to these weights, unless there is a picture; return whether there is one."""
+    from tinygpt.report._run import draw_records, drawable_steps
 
-    numbers = ("loss", "lr", "weight_decay")
-    lines = [
-        line
-        for line in record.metrics
-        if line.get("event") != "step" or all(isinstance(line.get(name), int | float) for name in numbers)
-    ]
-    if not any(line.get("event") == "step" for line in lines):
+    if (folder / PICTURE_FILE).exists():  # a link to the owner's, which drawing would write through
+        return True
+    if not drawable_steps(record.metrics):
         return False
-    own = folder / ".metrics.jsonl"  # the run may be further on by now
-    own.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     try:
-        plot_run(own, folder / PICTURE_FILE, title=record.name)
+        draw_records(record.metrics, folder / PICTURE_FILE, title=record.name)
     except MissingDependencyError as error:
         logger.info("the card gets no picture: %s", error)
         return False
-    finally:
-        own.unlink()
     return True

@@ -202,12 +202,12 @@ class PushQueue:
     def _add(self, checkpoint: Path) -> PendingPush:
         run, queue = run_of(checkpoint), self._queue_of(checkpoint)
         step = step_of(checkpoint)
-        tagged = self._tag is not None and (step is not None or "{step}" not in self._tag)
+        untagged = self._tag is None or (step is None and "{step}" in self._tag)
         push = self._template.replace(
             step=step,
             run=None if run is None else str(run),
             commit_message=f"Checkpoint after {step:,} steps" if step is not None else f"Checkpoint {checkpoint.name}",
-            tags=[self._tag.replace("{step}", str(step))] if tagged and self._tag is not None else [],
+            tags=[] if untagged else [str(self._tag).replace("{step}", str(step))],
         )
         pending = pending_pushes(queue)
         if self._max_pending is not None and len(pending) >= self._max_pending:

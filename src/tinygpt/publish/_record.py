@@ -15,6 +15,7 @@ from tinygpt.errors import CheckpointError, ConfigError
 from tinygpt.manifest import read_json
 from tinygpt.metrics import read_metrics
 from tinygpt.model import GPTConfig
+from tinygpt.model._files import parse_config
 
 _BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
 Step = int | Literal["latest", "best"]
@@ -26,7 +27,7 @@ def choose_checkpoint(source: str | Path, step: Step | None = None) -> Path:
     Args:
         source: A run, a checkpoint, or a folder that `save_pretrained` wrote.
         step: Which checkpoint of a run: the steps done, `"latest"`, or `"best"` for the lowest bits per byte among
-            those that are left. `None` is the latest.
+            those that are left, on the validation set of the last evaluation. `None` is the latest.
 
     Raises:
         CheckpointError: If there is no model, or the run has no such checkpoint.
@@ -60,11 +61,14 @@ def choose_checkpoint(source: str | Path, step: Step | None = None) -> Path:
 
 
 def _best_step(run: Path, steps: set[int]) -> int:
-    figures = {
-        line["step"] + 1: float(line["bpb"])
+    lines = [
+        line
         for line in read_metrics(run / "metrics.jsonl")
         if line.get("event") == "evaluation" and isinstance(line.get("bpb"), int | float)
-    }
+    ]
+    # Figures of different validation sets cannot be compared.
+    newest = lines[-1].get("data_hash") if lines else None
+    figures = {line["step"] + 1: float(line["bpb"]) for line in lines if line.get("data_hash") == newest}
     measured = steps & figures.keys()
     if not measured:
         raise CheckpointError(f"no checkpoint in {run} has an evaluation of its step, so none is known to be the best.")
@@ -138,16 +142,10 @@ def read_record(model: Path, *, run: Path | None = None) -> RunRecord:
     metrics = read_metrics(run / "metrics.jsonl") if run is not None else []
     known = [line for line in metrics if step is not None and _is_before(line, step)]
     fields = read_json(model / "config.json")
-    if fields.get("model_type") != "tinygpt":
-        raise CheckpointError(f"{model / 'config.json'} is not the config of a tinygpt model.")
     blocks = fields.get("blocks", [])
-    try:
-        config = GPTConfig(**{k: v for k, v in fields.items() if k not in ("model_type", "format_version", "blocks")})
-    except ConfigError as error:
-        raise CheckpointError(f"{model / 'config.json'}: {error}") from None
     return RunRecord(
         name=(run or model).resolve().name,
-        config=config,
+        config=parse_config(model / "config.json", fields),
         blocks=[str(block) for block in blocks] if isinstance(blocks, list) else [],
         step=step,
         parameters=_count_parameters(model / "model.safetensors"),

@@ -45,7 +45,7 @@ class RecipeRun:
         hooks: Evaluation and samples, for `trainer.fit`.
         validation: What the run is measured on; `None` for nothing.
         out_dir: The run's folder.
-        on_close: Called when `fit` ends, however it ends.
+        on_close: Called when training ends, however it ends.
     """
 
     recipe: "Recipe"
@@ -115,7 +115,7 @@ class RecipeRun:
         return hook
 
 
-def build_run(recipe: "Recipe", out_dir: Path) -> RecipeRun:
+def build_run(recipe: "Recipe", out_dir: Path, *, progress: bool) -> RecipeRun:
     """Build what a recipe names; see `Recipe.build`."""
     source, held_out = open_training(recipe.data)
     if recipe.evaluate_every is not None and held_out is None and recipe.data.validation is None:
@@ -123,7 +123,7 @@ def build_run(recipe: "Recipe", out_dir: Path) -> RecipeRun:
             "token shards cannot be split into training and validation: give data.validation, or leave "
             "evaluate_every out."
         )
-    recipe, tokenizer, validation = _settle(recipe, source, held_out, out_dir)
+    recipe, tokenizer, validation = _settle(recipe, source, held_out, out_dir, progress)
     model, optimizer = make_model(recipe, resolve_device(recipe.device))
     trainer = Trainer(
         model,
@@ -140,19 +140,23 @@ def build_run(recipe: "Recipe", out_dir: Path) -> RecipeRun:
     if recipe.samples.every is not None:
         hook = sampling(recipe.samples, tokenizer, max_seq_len=recipe.model.max_seq_len, seed=recipe.seed)
         hooks.append(every(recipe.samples.every, hook))
-    if recipe.push is None:
-        return RecipeRun(recipe, trainer, tuple(hooks), validation, out_dir)
-    from tinygpt.publish import PushQueue
+    on_close: tuple[Callable[[], object], ...] = ()
+    if recipe.push is not None:
+        from tinygpt.publish import PushQueue
 
-    queue = PushQueue(recipe.push.repo, folder=out_dir, private=recipe.push.private, license=recipe.push.license)
-    trainer.on_save = queue
-    return RecipeRun(recipe, trainer, tuple(hooks), validation, out_dir, (queue.close,))
+        push = recipe.push
+        queue = PushQueue(push.repo, folder=out_dir, private=push.private, license=push.license)
+        trainer.on_save, on_close = queue, (queue.close,)
+    return RecipeRun(recipe, trainer, tuple(hooks), validation, out_dir, on_close)
 
 
 def check_inputs(recipe: "Recipe", out_dir: Path) -> None:
     """Look for what a recipe needs; see `Recipe.check`."""
     if recipe.push is not None:
+        from tinygpt.publish._card import check_license
+
         check_repo_id(recipe.push.repo)
+        check_license(recipe.push.license)
     for name in recipe.trackers:
         check_tracker(name, out_dir.resolve().name)
     data = recipe.data
@@ -169,7 +173,7 @@ def check_inputs(recipe: "Recipe", out_dir: Path) -> None:
 
 
 def _settle(
-    recipe: "Recipe", source: Source, held_out: DocumentSource | None, out_dir: Path
+    recipe: "Recipe", source: Source, held_out: DocumentSource | None, out_dir: Path, progress: bool
 ) -> tuple["Recipe", Tokenizer, ValidationSet | None]:
     """Return what the run keeps in its folder and goes on with: the first time it is made, from then on it is read.
 
@@ -187,7 +191,10 @@ def _settle(
     if claimed:
         claim_run_folder(out_dir, identity)
     there = claimed and (tokenizer_folder / "tokenizer_config.json").exists()
-    tokenizer = load_tokenizer(tokenizer_folder) if there else make_tokenizer(recipe.tokenizer, source)
+    if there:
+        tokenizer = load_tokenizer(tokenizer_folder)
+    else:
+        tokenizer = make_tokenizer(recipe.tokenizer, source, progress=progress)
     recipe = recipe.resolved(tokenizer.vocab_size)
     validation: ValidationSet | None
     if claimed and validation_file.exists():

@@ -12,8 +12,8 @@ from tinygpt.data import (
     hash_split,
     open_source,
 )
+from tinygpt.data._shards import holds_shards
 from tinygpt.errors import ConfigError
-from tinygpt.manifest import MANIFEST_FILE, read_json
 from tinygpt.recipe._sections import EMBEDDED, DataRecipe, TokenizerRecipe
 from tinygpt.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, train_bpe
 
@@ -22,8 +22,7 @@ Source = DocumentSource | TokenShards
 
 def is_shards(path: str) -> bool:
     """Return whether a path is a folder of token shards."""
-    manifest = Path(path) / MANIFEST_FILE
-    return path != EMBEDDED and manifest.is_file() and read_json(manifest).get("kind") == "tinygpt token shards"
+    return path != EMBEDDED and holds_shards(Path(path))
 
 
 def open_text(path: str, data: DataRecipe) -> DocumentSource:
@@ -62,7 +61,7 @@ def open_training(data: DataRecipe, train: str | None = None) -> tuple[Source, D
     return hash_split(source, validation_fraction=data.held_out)
 
 
-def make_tokenizer(section: TokenizerRecipe, source: Source) -> Tokenizer:
+def make_tokenizer(section: TokenizerRecipe, source: Source, *, progress: bool) -> Tokenizer:
     """Return the tokenizer that a section names, trained on the source if that is what it says.
 
     Raises:
@@ -76,7 +75,7 @@ def make_tokenizer(section: TokenizerRecipe, source: Source) -> Tokenizer:
         return source.tokenizer
     if section.vocab_size is None:
         return ByteTokenizer()
-    return train_bpe(source, vocab_size=section.vocab_size, max_characters=section.max_characters, progress=True)
+    return train_bpe(source, vocab_size=section.vocab_size, max_characters=section.max_characters, progress=progress)
 
 
 def vocab_size(section: TokenizerRecipe, data: DataRecipe) -> int:

@@ -2,13 +2,13 @@
 
 import difflib
 import json
-import os
 import runpy
 import tomllib
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Union, get_args, get_origin
 
+from tinygpt._disk import write_text
 from tinygpt.config import Config
 from tinygpt.errors import ConfigError
 from tinygpt.recipe._sections import EMBEDDED
@@ -57,22 +57,14 @@ def read_recipe(path: Path, recipe_class: "type[Recipe]") -> dict[str, Any]:
 
 
 def write_recipe(path: Path, text: str) -> Path:
-    """Write a file beside and rename it.
+    """Write a recipe, complete or not at all.
 
     Raises:
         ConfigError: If it cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with temporary.open("w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_text(path, text)
     except OSError as error:
         raise ConfigError(f"the recipe cannot be written to {path}: {error}.") from None
     return path

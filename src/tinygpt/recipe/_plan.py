@@ -37,7 +37,7 @@ class RunPlan:
         flops_per_token: Training FLOPs of a token.
         flops: Of the whole run.
         precision: Dtype of activations and products that the figures are for.
-        memory_bytes: Bytes of a step as the recipe stands, by what they hold, see `TrainingMemory`.
+        memory_bytes: Bytes of the largest step as the recipe stands, by what they hold, see `TrainingMemory`.
         memory_budget: Bytes of the GPU that training may take, or those asked about; `None` without either.
         advice: What to train with in that budget; `None` without one.
         reserved: Whether the budget is a GPU's memory less a reserve.
@@ -137,24 +137,29 @@ def plan_run(recipe: "Recipe", *, device_name: str | None, mfu: float, memory_by
     known_size = "vocab_size" in recipe.model.model_fields_set
     recipe = recipe.resolved(recipe.model.vocab_size if known_size else vocab_size(recipe.tokenizer, recipe.data))
     device = resolve_device(recipe.device)
-    known = device_name is not None
-    if device_name is None:
-        device_name = gpu_name(device)
-    dtype = resolve_precision(recipe.precision, device)
-    if known and recipe.precision == "auto":  # as on the device itself: float32 where there are no units for less
-        in_16_bits, in_32_bits = (hardware.peak_flops(device_name or "", kind) for kind in ("bfloat16", "float32"))
-        dtype = torch.float32 if in_16_bits is None and in_32_bits is not None else torch.bfloat16
+    dtype, kind = resolve_precision(recipe.precision, device), device.type
+    if device_name is not None:
+        kind = "mps" if device_name.lower().startswith("apple") else "cuda"
+        if recipe.precision == "auto":  # as on the device itself: float32 where there are no units for less
+            in_16_bits, in_32_bits = (hardware.peak_flops(device_name, each) for each in ("bfloat16", "float32"))
+            dtype = torch.float32 if in_16_bits is None and in_32_bits is not None else torch.bfloat16
     precision = str(dtype).removeprefix("torch.")
-    if known and device_name is not None:
+    if device_name is not None:
         _refuse_unknown(device_name, precision)
+    else:
+        device_name = gpu_name(device)
     with torch.device("meta"):
         model, optimizer = make_model(recipe.replace(precision=precision), torch.device("meta"))
     split = recipe.micro_batch_rows
     micro_batch = min(split, recipe.data.rows) if isinstance(split, int) else recipe.data.rows
-    kind = device.type if not known else "mps" if str(device_name).lower().startswith("apple") else "cuda"
-    accumulate = recipe.step_tokens > micro_batch * recipe.seq_len
+    most_tokens = max(phase.batch_tokens or recipe.step_tokens for phase in run_phases(recipe))
     memory = training_memory(
-        model, optimizer, rows=micro_batch, seq_len=recipe.seq_len, accumulate=accumulate, device_type=kind
+        model,
+        optimizer,
+        rows=micro_batch,
+        seq_len=recipe.seq_len,
+        accumulate=most_tokens > micro_batch * recipe.seq_len,
+        device_type=kind,
     )
     on_card = hardware.memory_bytes(device_name) if device_name is not None else None
     budget = memory_bytes or (on_card - max(_RESERVE, int(_RESERVED_SHARE * on_card)) if on_card else None)
@@ -166,7 +171,7 @@ def plan_run(recipe: "Recipe", *, device_name: str | None, mfu: float, memory_by
             budget_bytes=budget,
             rows=recipe.data.rows,
             seq_len=recipe.seq_len,
-            accumulate=True if recipe.step_tokens > recipe.data.rows * recipe.seq_len else None,
+            accumulate=True if most_tokens > recipe.data.rows * recipe.seq_len else None,
             device_type=kind,
         )
     config = trainer_config(recipe, None).replace(
@@ -181,18 +186,11 @@ def plan_run(recipe: "Recipe", *, device_name: str | None, mfu: float, memory_by
             config,
             phases=[make_phase(recipe, phase, None) for phase in run_phases(recipe)],
         )
-    phases, tokens, first = [], 0, 0
-    for phase in run_phases(recipe):
-        each = phase.batch_tokens or recipe.step_tokens
-        last = first + phase.steps - 1
-        rates = {name: trainer.rates.of_lead_at(step) for name, step in (("first", first), ("last", last))}
-        phases.append(
-            {"name": phase.name, "first_step": first, "steps": phase.steps, "step_tokens": each, "rates": rates}
-        )
-        tokens += each * phase.steps
-        first = last + 1
+    phases = _phases(recipe, trainer)
+    tokens = sum(phase["step_tokens"] * phase["steps"] for phase in phases)
     flops_per_token = model.flops_per_token(recipe.seq_len)
-    speed = _speed(flops_per_token, device_name, precision, mfu)
+    peak = None if device_name is None else hardware.peak_flops(device_name, precision)
+    speed = None if peak is None else peak * mfu / flops_per_token
     counts = model.num_parameters()
     return RunPlan(
         parameters=counts._asdict(),
@@ -216,10 +214,16 @@ def plan_run(recipe: "Recipe", *, device_name: str | None, mfu: float, memory_by
     )
 
 
-def _speed(flops_per_token: int, device_name: str | None, precision: str, mfu: float) -> float | None:
-    """Return tokens a second at this share of a device's peak; `None` if it is not known."""
-    peak = None if device_name is None else hardware.peak_flops(device_name, precision)
-    return None if peak is None else peak * mfu / flops_per_token
+def _phases(recipe: "Recipe", trainer: Trainer) -> list[dict[str, Any]]:
+    phases, first = [], 0
+    for phase in run_phases(recipe):
+        rates = {"first": trainer.rates.of_lead_at(first), "last": trainer.rates.of_lead_at(first + phase.steps - 1)}
+        tokens = phase.batch_tokens or recipe.step_tokens
+        phases.append(
+            {"name": phase.name, "first_step": first, "steps": phase.steps, "step_tokens": tokens, "rates": rates}
+        )
+        first += phase.steps
+    return phases
 
 
 def _refuse_unknown(device_name: str, precision: str) -> None:

@@ -345,7 +345,8 @@ class Recipe(Config):
             out_dir: The run's folder; what a run keeps there is not looked for elsewhere.
 
         Raises:
-            ConfigError: If a mixture has token shards, or the folder's name is none that a tracker takes.
+            ConfigError: If a mixture has token shards, the folder's name is none that a tracker takes, or the license
+                to push with is no identifier.
             HubError: If the repository to push to has no name of one.
             DataError: If a source cannot be opened, its first document not be read, or there is none to measure on.
             MissingDependencyError: If a tracker's package is not installed.
@@ -354,7 +355,7 @@ class Recipe(Config):
 
         check_inputs(self, Path(out_dir))
 
-    def build(self, out_dir: str | Path) -> "RecipeRun":
+    def build(self, out_dir: str | Path, *, progress: bool = True) -> "RecipeRun":
         """Make everything that the recipe names, in the order in which one would by hand; torch's seed is set.
 
         Into the folder go the tokenizer, the frozen validation set, `run.json` and, from `fit`, the resolved recipe, so
@@ -362,6 +363,7 @@ class Recipe(Config):
 
         Args:
             out_dir: The run's folder.
+            progress: Whether training a tokenizer shows a bar on standard error.
 
         Raises:
             ConfigError: If settings do not fit together.
@@ -371,4 +373,4 @@ class Recipe(Config):
         """
         from tinygpt.recipe._build import build_run
 
-        return build_run(self, Path(out_dir))
+        return build_run(self, Path(out_dir), progress=progress)

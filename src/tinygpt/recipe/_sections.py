@@ -72,10 +72,6 @@ class ScheduleRecipe(Config):
         return schedule
 
 
-def _schedule(kind: ScheduleKind, **arguments: Any) -> ScheduleRecipe:
-    return ScheduleRecipe(kind=kind, **arguments)
-
-
 class SchedulesRecipe(Config):
     """The schedules of a run; the defaults are those of the documented one, but for its 40 steps of warm-up.
 
@@ -87,9 +83,9 @@ class SchedulesRecipe(Config):
         weight_decay: Factor on the weight decay of the matrices.
     """
 
-    lr: ScheduleRecipe = _schedule("warmup_stable_decay", decay_fraction=0.65, final=0.05)
-    momentum: ScheduleRecipe = _schedule("muon_momentum")
-    weight_decay: ScheduleRecipe = _schedule("cosine_weight_decay")
+    lr: ScheduleRecipe = ScheduleRecipe(kind="warmup_stable_decay", decay_fraction=0.65, final=0.05)
+    momentum: ScheduleRecipe = ScheduleRecipe(kind="muon_momentum")
+    weight_decay: ScheduleRecipe = ScheduleRecipe(kind="cosine_weight_decay")
 
     @model_validator(mode="before")
     @classmethod

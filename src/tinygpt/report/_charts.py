@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tinygpt.report._figure import new_figure, plain_axes
+from tinygpt.report._figure import new_figure, plain_axes, plain_text
 from tinygpt.report._log import Floats, RunLog, number, objects, section
 from tinygpt.report._page import Chart
 from tinygpt.report._statistics import bin_series, rolling_median, smooth
@@ -123,7 +123,7 @@ def _clip_start(axes: Any, mean: Floats, low: Floats) -> str:
 
 
 def _draw_validation(log: RunLog) -> _Drawing | None:
-    points = [(e.step, e.numbers["bpb"]) for e in log.evaluations if "bpb" in e.numbers]
+    points = [(e.step, e.bpb) for e in log.validation]
     if not points:
         return None
     figure, axes = _panel("bits per byte")
@@ -178,7 +178,7 @@ def _other_rates(log: RunLog) -> list[tuple[float, str, str]]:
     for _, name, rate in rates:
         if np.isfinite(rate) and base > 0 and rate > 0 and round(rate, 12) not in seen and len(found) < 5:
             seen.add(round(rate, 12))
-            found.append((rate / base, plain_label(name[-48:]), _RUN_COLORS[1 + len(found)]))
+            found.append((rate / base, _label(name[-48:]), _RUN_COLORS[1 + len(found)]))
     return found
 
 
@@ -211,7 +211,7 @@ def draw_comparison(
                 marker = "o" if len(bins.x) < 60 and what == "validation" else None
                 color = _COLORS[_RUN_COLORS[index % len(_RUN_COLORS)]]
                 style = ("-", "--", ":")[index // len(_RUN_COLORS) % 3]
-                axes.plot(bins.x, bins.mean, style, color=color, label=plain_label(name), marker=marker, markersize=3)
+                axes.plot(bins.x, bins.mean, style, color=color, label=_label(name), marker=marker, markersize=3)
             if not drawn:
                 continue
             plain_axes(axes)
@@ -231,7 +231,7 @@ def _loss_points(log: RunLog, x: Floats) -> tuple[Floats, Floats]:
 
 
 def _validation_points(log: RunLog, x: Floats) -> tuple[Floats, Floats]:
-    points = [(e.step, e.numbers["bpb"]) for e in log.evaluations if "bpb" in e.numbers]
+    points = [(e.step, e.bpb) for e in log.validation]
     if not points or not len(x):
         return np.zeros(0), np.zeros(0)
     steps, values = np.array(points, dtype=float).T
@@ -239,10 +239,9 @@ def _validation_points(log: RunLog, x: Floats) -> tuple[Floats, Floats]:
     return x[np.maximum(places, 0)], values
 
 
-def plain_label(text: str) -> str:
-    """Return text that matplotlib draws as it is: no formula between dollars, no label hidden by an underscore."""
-    clean = re.sub(r"[^\x20-\x7e\xa0-\ud7ff]", "?", text)[:60]
-    return clean.replace("$", r"\$").replace("_", "\u2009_", 1) if clean.startswith("_") else clean.replace("$", r"\$")
+def _label(text: str) -> str:
+    """Return a name of any run as a label: of limited length, in characters that fonts have."""
+    return plain_text(re.sub(r"[^\x20-\x7e\xa0-\ud7ff]", "?", text)[:60])
 
 
 def _panel(unit: str, x_label: str = "step") -> tuple["Figure", Any]:

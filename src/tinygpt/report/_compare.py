@@ -1,20 +1,18 @@
 """Several runs over each other."""
 
-import math
-import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import tinygpt
 from tinygpt.errors import ConfigError
 from tinygpt.report import _summary
 from tinygpt.report._charts import draw_comparison
 from tinygpt.report._figure import new_figure
 from tinygpt.report._log import RunLog, objects, read_run, section
-from tinygpt.report._page import Block, Page, Paragraph, Section, Table, to_html, to_markdown
-from tinygpt.report._text import bytes_text, count_text, number_text, seconds_text, short
-from tinygpt.report._write import ReportFiles, ReportFolder, json_values, stamp
+from tinygpt.report._page import Block, Paragraph, Section, Table, to_html, to_markdown
+from tinygpt.report._text import bytes_text, count_text, finite_text, number_text, seconds_text, short, value_text
+from tinygpt.report._write import ReportFiles, ReportFolder, json_values, made_page
 
 _MOST_RUNS = 24
 _MOST_DIFFERENCES = 300
@@ -54,25 +52,23 @@ def compare_runs(runs: Sequence[str | Path], out: str | Path = "comparison", *, 
         new_figure(1, 1)
     logs = [read_run(run) for run in runs]
     names = _distinct_names(logs)
-    figures = [_summary.headline(log, log.status()) for log in logs]
+    figures = [_summary.headline(log) for log in logs]
     different = differences(logs)
     folder = Path(out)
     with ReportFolder(folder) as files:
         charts = draw_comparison(logs, names, write=files.save_picture) if pictures else []
-        blocks: list[Block] = [Table(("", *names), _results(figures), numeric=True), *_validation_warning(logs)]
+        results = Table(("", *names), _results(figures), numeric=True)
         sections = [
-            Section("Results", blocks),
+            Section("Results", [results, *map(Paragraph, _summary.validation_warning(logs))]),
             Section("Curves", charts),
             Section("Where they differ", _difference_blocks(logs, names, different)),
         ]
-        footer = f"Made {stamp(time.time())} by tinygpt {tinygpt.__version__} from the runs' own files."
-        shown = [part for part in sections if part.blocks]
-        page = Page(f"Comparison of {len(logs)} runs", ", ".join(names), shown, footer)
+        page = made_page(f"Comparison of {len(logs)} runs", ", ".join(names), sections, "the runs' own files.")
         files.write("comparison.md", to_markdown(page))
         files.write("comparison.html", to_html(page))
-    results = [{"run": name, **values} for name, values in zip(names, figures, strict=True)]
-    rows = [{"name": key, "values": dict(zip(names, values, strict=True))} for key, values in different.items()]
-    summary: dict[str, Any] = json_values({"runs": results, "differences": rows})
+    by_run = [{"run": name, **values} for name, values in zip(names, figures, strict=True)]
+    by_name = [{"name": key, "values": dict(zip(names, values, strict=True))} for key, values in different.items()]
+    summary: dict[str, Any] = json_values({"runs": by_run, "differences": by_name})
     return ReportFiles(folder / "comparison.md", folder / "comparison.html", tuple(files.pictures), summary)
 
 
@@ -131,14 +127,12 @@ def _difference_blocks(
     blocks: list[Block] = []
     silent = [name for name, log in zip(names, logs, strict=True) if not log.record]
     if silent:
-        text = (
-            f"No record of settings was written by {', '.join(silent)}; compared is what run.json and checkpoints tell."
-        )
-        blocks.append(Paragraph(text))
+        told = "compared is what run.json and checkpoints tell."
+        blocks.append(Paragraph(f"No record of settings was written by {', '.join(silent)}; {told}"))
     if not different:
         return [*blocks, Paragraph("Nothing that is recorded differs.")]
     rows = [
-        (name, *(short(_text(value), 80) for value in values))
+        (name, *(short(value_text(value), 80) for value in values))
         for name, values in list(different.items())[:_MOST_DIFFERENCES]
     ]
     if len(different) > len(rows):
@@ -146,17 +140,8 @@ def _difference_blocks(
     return [*blocks, Table(("setting", *names), rows)]
 
 
-def _text(value: Any) -> str:
-    return ", ".join(number_text(item) for item in value[:20]) if isinstance(value, list) else number_text(value)
-
-
 def _results(figures: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
-    def decimals(value: float) -> str:
-        return f"{value:.4f}" if math.isfinite(value) else UNKNOWN
-
-    def share(value: float) -> str:
-        return f"{value:.1%}" if math.isfinite(value) else "n/a"
-
+    decimals = partial(finite_text, form="{:.4f}", absent=UNKNOWN)
     shown: list[tuple[str, str, Any]] = [
         ("status", "status", str),
         ("steps", "steps", number_text),
@@ -165,20 +150,13 @@ def _results(figures: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
         ("validation bpb", "validation_bpb", decimals),
         ("best validation bpb", "best_validation_bpb", decimals),
         ("training loss", "train_loss", decimals),
-        ("tokens per second", "tokens_per_second", lambda value: f"{value:,.0f}" if math.isfinite(value) else "n/a"),
+        ("tokens per second", "tokens_per_second", partial(finite_text, form="{:,.0f}")),
         ("step", "step_seconds", seconds_text),
         ("training time", "training_seconds", seconds_text),
-        ("MFU", "mfu", share),
+        ("MFU", "mfu", partial(finite_text, form="{:.1%}")),
         ("peak memory", "peak_memory_bytes", bytes_text),
     ]
     return [(label, *(form(values[key]) for values in figures)) for label, key, form in shown]
-
-
-def _validation_warning(logs: Sequence[RunLog]) -> list[Block]:
-    hashes = {e.data_hash for log in logs for e in log.evaluations if e.data_hash and "bpb" in e.numbers}
-    if len(hashes) < 2:
-        return []
-    return [Paragraph(f"Warning: {len(hashes)} different validation sets were used; their figures cannot be compared.")]
 
 
 def _distinct_names(logs: Sequence[RunLog]) -> list[str]:

@@ -7,8 +7,9 @@ from typing import get_args
 import numpy as np
 
 from tinygpt.data import DocumentSource, Overflow, Packer, TokenShards
+from tinygpt.data._documents import NO_TOKENS
 from tinygpt.errors import ConfigError, DataError
-from tinygpt.report._figure import new_figure, plain_axes
+from tinygpt.report._figure import new_figure, plain_axes, plain_text, save_figure
 from tinygpt.tokenizer import Tokenizer, TokenizerReport, encode_array
 
 _TRAIN, _VALIDATION, _LOST = "#08519c", "#a63603", "#d9d9d9"
@@ -75,8 +76,7 @@ def plot_documents(
     axes.set_title(title, fontsize=10)
     plain_axes(axes)
     axes.legend(frameon=False)
-    figure.savefig(picture, dpi=130)
-    return Path(picture)
+    return save_figure(figure, picture)
 
 
 def plot_tokenizer(report: TokenizerReport, picture: str | Path) -> Path:
@@ -118,8 +118,7 @@ def plot_tokenizer(report: TokenizerReport, picture: str | Path) -> Path:
     right.xaxis.get_major_locator().set_params(integer=True)
     plain_axes(left, grid="y")
     plain_axes(right, grid="x")
-    figure.savefig(picture, dpi=130)
-    return Path(picture)
+    return save_figure(figure, picture)
 
 
 def plot_packing(
@@ -183,8 +182,7 @@ def plot_packing(
     axes.set_title(f"{len(documents):,} documents, {tokens:,} tokens, buffer {buffer_documents:,}", fontsize=10)
     plain_axes(axes, grid="x")
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
-    figure.savefig(picture, dpi=130)
-    return Path(picture)
+    return save_figure(figure, picture)
 
 
 def _read(source: DocumentSource | TokenShards, tokenizer: Tokenizer | None, max_tokens: int) -> _Documents:
@@ -203,7 +201,7 @@ def _read(source: DocumentSource | TokenShards, tokenizer: Tokenizer | None, max
         if left <= 0:
             break
     if not documents:
-        raise DataError("the source has no document with a token in it; give it text.")
+        raise DataError(NO_TOKENS)
     return documents
 
 
@@ -219,5 +217,4 @@ def _cropped_fraction(documents: _Documents, seq_len: int, buffer_documents: int
 def _label(token: bytes) -> str:
     """Return a token in quotes on one line, its middle left out if it is long."""
     text = repr(token.decode("utf-8", errors="backslashreplace"))
-    # matplotlib would read what stands between two dollar signs as a formula.
-    return (text if len(text) <= 28 else f"{text[:14]}...{text[-11:]}").replace("$", r"\$")
+    return plain_text(text if len(text) <= 28 else f"{text[:14]}...{text[-11:]}")

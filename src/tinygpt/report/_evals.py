@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from tinygpt.errors import ConfigError
 from tinygpt.evals import CoreReport, DomainReport, PositionCurve
-from tinygpt.report._figure import new_figure, plain_axes
+from tinygpt.report._figure import new_figure, plain_axes, plain_text, save_figure
 
 _Report = TypeVar("_Report", CoreReport, DomainReport, PositionCurve)
 _COLORS = ("#08519c", "#a63603", "#31a354", "#54278f", "#636363", "#d6a300", "#0a9396", "#c51b8a")
@@ -50,17 +50,16 @@ def plot_domains(reports: DomainReport | Mapping[str, DomainReport], picture: st
     for index, (name, report) in enumerate(named.items()):
         places = [place + (index - (len(named) - 1) / 2) * height for place in range(len(domains))]
         values = [report[domain].bpb for domain in domains]
-        bars = axes.barh(places, values, height=height, color=_COLORS[index % len(_COLORS)], label=_plain(name))
+        bars = axes.barh(places, values, height=height, color=_COLORS[index % len(_COLORS)], label=plain_text(name))
         axes.bar_label(bars, fmt="%.3f", padding=3, fontsize=9)
-    axes.set_yticks(range(len(domains)), [_plain(domain) for domain in domains])
+    axes.set_yticks(range(len(domains)), [plain_text(domain) for domain in domains])
     axes.invert_yaxis()
     axes.margins(x=0.12)
     axes.set_xlabel("bits per byte")
     plain_axes(axes, grid="x")
     if len(named) > 1:
         figure.legend(loc="outside lower center", ncols=len(named), frameon=False)
-    figure.savefig(picture, dpi=130)
-    return Path(picture)
+    return save_figure(figure, picture)
 
 
 def plot_positions(curves: PositionCurve | Mapping[str, PositionCurve], picture: str | Path) -> Path:
@@ -106,14 +105,13 @@ def plot_positions(curves: PositionCurve | Mapping[str, PositionCurve], picture:
         high = [value + error for value, error in zip(curve.bpb, errors, strict=True)]
         axes.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
         marker = "o" if len(x) <= 64 else None
-        axes.plot(x, curve.bpb, color=color, marker=marker, markersize=4, linewidth=1.5, label=_plain(name))
+        axes.plot(x, curve.bpb, color=color, marker=marker, markersize=4, linewidth=1.5, label=plain_text(name))
     axes.set_xlabel("position in the row (tokens read before, less one)")
     axes.set_ylabel("bits per byte")
     plain_axes(axes)
     if len(named) > 1:
         axes.legend(frameon=False)
-    figure.savefig(picture, dpi=130)
-    return Path(picture)
+    return save_figure(figure, picture)
 
 
 def plot_core(reports: CoreReport | Mapping[str, CoreReport], picture: str | Path) -> Path:
@@ -144,25 +142,18 @@ def plot_core(reports: CoreReport | Mapping[str, CoreReport], picture: str | Pat
         places = [place + shift for place in range(len(values))]
         color = _COLORS[index % len(_COLORS)]
         axes.hlines(places, *zip(*intervals, strict=True), color=color, linewidth=1.2, alpha=0.6)
-        axes.plot(
-            values, places, "o", color=color, markersize=5, label=f"{_plain(name)} CORE {report.core:.4f}".strip()
-        )
+        label = f"{plain_text(name)} CORE {report.core:.4f}".strip()
+        axes.plot(values, places, "o", color=color, markersize=5, label=label)
     axes.axvline(0, color="#636363", linewidth=1, linestyle="--")
-    axes.set_yticks(range(len(labels) + 1), [*map(_plain, labels), "CORE"])
+    axes.set_yticks(range(len(labels) + 1), [*map(plain_text, labels), "CORE"])
     axes.invert_yaxis()
     axes.set_xlabel("centered accuracy: 0 is guessing, 1 is perfect; lines hold 95 % of bootstrap draws")
     plain_axes(axes, grid="x")
     figure.legend(loc="outside lower center", ncols=min(4, len(named)), frameon=False)
-    figure.savefig(picture, dpi=130)
-    return Path(picture)
+    return save_figure(figure, picture)
 
 
 def _some(reports: Mapping[str, _Report]) -> Mapping[str, _Report]:
     if not reports:
         raise ConfigError("there is nothing to draw; give at least one report.")
     return reports
-
-
-def _plain(text: str) -> str:
-    # matplotlib would read what stands between two dollar signs as a formula, and hide a label that begins with "_".
-    return text.replace("$", r"\$").lstrip("_")

@@ -2,11 +2,12 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from tinygpt.report._log import Evaluation, Floats, Integers, Resume, RunLog
+from tinygpt.report._page import Level
 from tinygpt.report._statistics import fit_line, level_changes, smooth
 from tinygpt.report._text import factor_text, number_text
 
@@ -38,7 +39,7 @@ class Observation:
     """
 
     topic: str
-    level: Literal["good", "note", "warning"]
+    level: Level
     text: str
     rule: str
     numbers: dict[str, Any] = field(default_factory=dict)
@@ -46,23 +47,18 @@ class Observation:
 
 def plateau(log: RunLog) -> list[Observation]:
     """Fit a line to the last third of the validation results, or of the training loss where there are too few."""
-    points = [(e.step, e.numbers["bpb"]) for e in log.evaluations if "bpb" in e.numbers]
-    unit, what = "bpb", "validation"
+    points = [(float(e.step), e.bpb) for e in log.validation]
+    known = np.isfinite(log["loss"])
     if len(points) >= 4:
+        unit, what, parts = "bpb", "validation", "evaluations"
         points = points[-max(4, -(-len(points) // 3)) :]
+    elif int(known.sum()) >= 60:
+        unit, what, parts = "nats", "training loss", "block means"
+        steps, losses = (np.array_split(values[known], 30)[20:] for values in (log.step, log["loss"]))
+        points = [(float(x.mean()), float(y.mean())) for x, y in zip(steps, losses, strict=True)]
     else:
-        unit, what = "nats", "training loss"
-        loss, step = log["loss"], log.step
-        known = np.isfinite(loss)
-        blocks = [
-            (x.mean(), y.mean())
-            for x, y in zip(np.array_split(step[known], 30)[20:], np.array_split(loss[known], 30)[20:], strict=True)
-            if len(y)
-        ]
-        if int(known.sum()) < 60:
-            return [Observation("plateau", "note", "Too early to tell a plateau.", "Needs 4 evaluations or 60 steps.")]
-        points = blocks
-    x, y = np.array(points, dtype=np.float64).T
+        return [Observation("plateau", "note", "Too early to tell a plateau.", "Needs 4 evaluations or 60 steps.")]
+    x, y = np.array(points).T
     unit_steps = 1_000 if x[-1] - x[0] >= 1_000 else 100
     slope, error = (unit_steps * value for value in fit_line(x, y))
     span = (x[-1] - x[0]) / unit_steps
@@ -76,7 +72,7 @@ def plateau(log: RunLog) -> list[Observation]:
         "to_step": x[-1],
     }
     course = f"{slope:+.4g} ± {error:.2g} {unit} per {unit_steps:,} steps between steps {x[0]:,.0f} and {x[-1]:,.0f}"
-    level: Literal["good", "note", "warning"]
+    level: Level
     if slope - error > 0:
         level, verdict = "warning", f"The {what} is rising"
     elif slope + error < 0 and -slope * span > still:
@@ -86,9 +82,9 @@ def plateau(log: RunLog) -> list[Observation]:
     else:
         level, verdict = "note", f"The {what} is too noisy to tell a plateau"
     rule = (
-        f"A line through the last {len(points)} {'evaluations' if unit == 'bpb' else 'block means'} (a third) with its "
-        "95 % interval. Falling: the whole interval is below zero, and the fall more than "
-        f"{_PLATEAU_SHARE:.1%} of the level. Plateau: the interval has no change over {4 * _PLATEAU_SHARE:.1%} in it."
+        f"A line through the last {len(points)} {parts} (a third) with its 95 % interval. Falling: the whole interval "
+        f"is below zero, and the fall more than {_PLATEAU_SHARE:.1%} of the level. Plateau: the interval has no change "
+        f"over {4 * _PLATEAU_SHARE:.1%} in it."
     )
     return [Observation("plateau", level, f"{verdict}: {course}.", rule, numbers)]
 
@@ -123,7 +119,7 @@ def jumps(log: RunLog) -> list[Observation]:
         if clear and rise[best] > _LEAST_JUMP * level[best]:
             found.append(_jump(log, cause, rise[best], loss, step, window, rule))
             taken.append(cause)
-        elif resume := _resume_at(log, cause):
+        elif resume := next((resume for resume in reversed(log.resumes) if resume.step == cause), None):
             found.append(_calm_resume(resume, rise[best], score[best], rule))
     suspicious = (score > _JUMP_SCORE) & (rise > _LEAST_JUMP * level)
     for place in taken:
@@ -154,8 +150,8 @@ def _jump(log: RunLog, place: int, rise: float, loss: Floats, step: Integers, wi
     recovered = int(step[back[0]]) if len(back) else None
     text += f", and was back at step {recovered:,}" if recovered else ", and did not come back in this run"
     pair = _evaluations_around(log, place)
-    if pair and pair[1].numbers["bpb"] > pair[0].numbers["bpb"]:
-        text += f". Validation went from {pair[0].numbers['bpb']:.4f} to {pair[1].numbers['bpb']:.4f} bpb"
+    if pair and pair[1].bpb > pair[0].bpb:
+        text += f". Validation went from {pair[0].bpb:.4f} to {pair[1].bpb:.4f} bpb"
         text += f" between steps {pair[0].step:,} and {pair[1].step:,}"
     if causes:
         text += f". What changed there: {'; '.join(causes)}."
@@ -178,25 +174,21 @@ def _resume_without_verdict(log: RunLog, resume: Resume) -> Observation:
     changes = [change_text(*change) for change in resume.changes]
     text = f"At the resume after step {resume.step:,} this changed: {'; '.join(changes)}."
     if pair := _evaluations_around(log, resume.step):
-        text += f" Validation: {pair[0].numbers['bpb']:.4f} bpb before, {pair[1].numbers['bpb']:.4f} after."
+        text += f" Validation: {pair[0].bpb:.4f} bpb before, {pair[1].bpb:.4f} after."
     return Observation("resume", "note", text, "Too few steps to tell a jump from noise.", {"step": resume.step})
 
 
 def _causes(log: RunLog, place: int, window: int) -> list[str]:
     """Say everything that is recorded to have changed between steps `place` and `place + 1`, give or take a window."""
-    causes = []
-    for resume in log.resumes:
-        if abs(resume.step - place) <= window:
-            causes += [change_text(*change) for change in resume.changes]
-    resumed = any(abs(resume.step - place) <= window for resume in log.resumes)
+    resumes = [resume for resume in log.resumes if abs(resume.step - place) <= window]
+    causes = [change_text(*change) for resume in resumes for change in resume.changes]
     if not causes:
         for step, names in rate_changes(log).items():
             if abs(step - place) <= window:
                 causes += names
-    epochs = log["epoch"]
-    turned = log.step[1:][np.diff(epochs) > 0].tolist()
+    turned = log.step[1:][np.diff(log["epoch"]) > 0].tolist()
     causes += [f"a new pass over the data began at step {s:,}" for s in turned if abs(s - place) <= window]
-    if resumed and not causes:
+    if resumes and not causes:
         causes.append("a resume, of which no change was recorded")
     return causes
 
@@ -204,19 +196,17 @@ def _causes(log: RunLog, place: int, window: int) -> list[str]:
 def rate_changes(log: RunLog) -> dict[int, list[str]]:
     """Return what changed abruptly between two steps, by the finished steps before it."""
     found: dict[int, list[str]] = {}
-    for key, name in (("lr", "lr"), ("weight_decay", "weight_decay"), ("momentum", "momentum")):
-        values = log[key]
+    for name in ("lr", "weight_decay", "momentum"):
+        values = log[name]
         was, now = values[:-1], values[1:]
         # What a moving average forgets in a step is what counts: momenta of 0.99 and 0.999 are far apart.
-        a, b = (1 - was, 1 - now) if key == "momentum" else (was, now)
+        a, b = (1 - was, 1 - now) if name == "momentum" else (was, now)
         with np.errstate(divide="ignore", invalid="ignore"):
             ratio = np.abs(b / a)
-            abrupt = (ratio > _RATE_CHANGE) | (ratio < 1 / _RATE_CHANGE)
         # The beginning of a warm-up doubles the rate, and the last steps of a decay to zero halve it.
-        top = np.nanmax(np.abs(values)) if np.isfinite(values).any() else 0.0
-        abrupt &= (np.arange(len(was)) > 3) & (np.abs(now - was) > 0.2 * top)
-        if key == "momentum":
-            abrupt = (np.arange(len(was)) > 3) & ((ratio > _RATE_CHANGE) | (ratio < 1 / _RATE_CHANGE))
+        abrupt = (np.arange(len(was)) > 3) & ((ratio > _RATE_CHANGE) | (ratio < 1 / _RATE_CHANGE))
+        if name != "momentum":
+            abrupt &= np.abs(now - was) > 0.2 * np.nanmax(np.abs(values), initial=0.0)
         for index in np.flatnonzero(abrupt)[:100]:
             change = change_text(name, float(was[index]), float(now[index]))
             found.setdefault(int(log.step[index]), []).append(change)
@@ -240,16 +230,16 @@ def overfitting(log: RunLog) -> list[Observation]:
         "(the validation leaves special tokens out). Overfitting: validation rose by more than "
         f"{_OVERFIT_SHARE:.1%} above its best while the training loss fell."
     )
-    measured = [(e, e.nats) for e in log.evaluations if "bpb" in e.numbers or "loss" in e.numbers]
+    measured = log.validation or [e for e in log.evaluations if "loss" in e.numbers]
     known = np.isfinite(log["loss"])
     training = np.full(len(known), math.nan)
     training[known] = smooth(log["loss"][known], window)
     rows = []
-    for evaluation, nats in measured:
+    for evaluation in measured:
         index = int(np.searchsorted(log.step, evaluation.step, side="right")) - 1
         if index >= 0 and math.isfinite(training[index]):
-            measure = evaluation.numbers.get("bpb", nats)
-            rows.append((evaluation.step, measure, float(training[index]), nats))
+            measure = evaluation.numbers.get("bpb", evaluation.nats)
+            rows.append((evaluation.step, measure, float(training[index]), evaluation.nats))
     if len(rows) < 2:
         return []
     steps, measures, trained, nats_column = zip(*rows, strict=True)
@@ -261,7 +251,7 @@ def overfitting(log: RunLog) -> list[Observation]:
         earlier = nats_column[len(rows) // 2] - trained[len(rows) // 2]
         numbers |= {"gap_nats": gap, "gap_nats_at_half": earlier}
         gap_text = f"The gap between validation and training is {gap:+.3f} nats a token"
-        gap_text += f", {earlier:+.3f} at step {steps[len(rows) // 2]:,}."
+        gap_text += f", {earlier:+.3f} at step {steps[len(rows) // 2]:,}." if math.isfinite(earlier) else "."
     else:
         gap_text = "The gap in nats cannot be told: log the loss of each BpbReport with its bpb."
     if rose > _OVERFIT_SHARE and trained[-1] < trained[best]:
@@ -279,22 +269,16 @@ def mean_window(log: RunLog) -> int:
 
 
 def _evaluations_around(log: RunLog, place: int) -> tuple[Evaluation, Evaluation] | None:
-    measured = [e for e in log.evaluations if "bpb" in e.numbers]
-    before = [e for e in measured if e.step <= place]
-    after = [e for e in measured if e.step > place]
+    before = [e for e in log.validation if e.step <= place]
+    after = [e for e in log.validation if e.step > place]
     return (before[-1], after[0]) if before and after else None
 
 
 def _validation_jumped(log: RunLog, place: int) -> bool:
     """Return whether the first evaluation after a place is far above the last before it, by the changes around."""
-    measured = [(e.step, e.numbers["bpb"]) for e in log.evaluations if "bpb" in e.numbers]
-    before = [bpb for step, bpb in measured if step <= place][-10:]
-    after = [bpb for step, bpb in measured if step > place][:10]
+    before = [e.bpb for e in log.validation if e.step <= place][-10:]
+    after = [e.bpb for e in log.validation if e.step > place][:10]
     if min(len(before), len(after)) < 3:
         return False
     usual = float(np.median(np.abs(np.concatenate([np.diff(before), np.diff(after)]))))
     return after[0] - before[-1] > _VALIDATION_JUMP * usual
-
-
-def _resume_at(log: RunLog, step: int) -> Resume | None:
-    return next((resume for resume in reversed(log.resumes) if resume.step == step), None)

@@ -50,15 +50,11 @@ def time_use(log: RunLog) -> TimeUse:
                 known += min(float(beyond[index]), max(0.0, log.busy_until[finished] - float(clock[index])))
         evaluation += known
         other += total - known
-    edges, seconds = log.segments(), _step_seconds(log)
-    for before, after in pairwise(edges):
+    seconds = step_tokens(log) / log["tokens_per_second"]
+    for before, after in pairwise(log.segments()):
         first = written[after][0] - seconds[after][0]
         idle += max(0.0, float(first - written[before][-1])) if math.isfinite(first) else 0.0
     return TimeUse(float(elapsed[-1]), evaluation, other, idle)
-
-
-def _step_seconds(log: RunLog) -> Floats:
-    return step_tokens(log) / log["tokens_per_second"]
 
 
 def step_tokens(log: RunLog) -> Floats:
@@ -141,9 +137,7 @@ def anomalies(log: RunLog) -> list[Observation]:
             continue
         shown, step = values[known], log.step[known]
         scores = robust_scores(np.log(shown) if topic == "gradient norm" else shown)
-        # A jump that stays is another observation; its first steps are not outliers here.
-        out = np.flatnonzero(scores > _SPIKE_SCORE)
-        peaks = _peaks(out, scores)
+        peaks = _peaks(np.flatnonzero(scores > _SPIKE_SCORE), scores)
         numbers = {"count": len(peaks), "steps": [int(step[peak]) for peak in peaks[:_MOST_LISTED]]}
         if not peaks:
             found.append(Observation(topic, "good", f"{name}: no outlier in {len(shown):,} steps.", rule, numbers))
@@ -182,10 +176,8 @@ def lost_time(log: RunLog) -> list[Observation]:
     if not math.isfinite(other) or training <= 0:
         return []
     share = (evaluation + other) / (training + evaluation + other)
-    text = (
-        f"{share:.1%} of the working time was not training: evaluation and sampling {seconds_text(evaluation)}, saving "
-    )
-    text += f"and other hooks {seconds_text(other)}."
+    text = f"{share:.1%} of the working time was not training: evaluation and sampling {seconds_text(evaluation)}, "
+    text += f"saving and other hooks {seconds_text(other)}."
     if idle > 1:
         text += f" Between processes {seconds_text(idle)} passed."
     rule = (

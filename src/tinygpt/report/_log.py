@@ -43,9 +43,13 @@ class Evaluation:
     """A line with event `"evaluation"`: what was measured after `step` finished steps."""
 
     step: int
-    time: float
     numbers: dict[str, float]
     data_hash: str
+
+    @property
+    def bpb(self) -> float:
+        """Bits per byte, if they were measured."""
+        return self.numbers["bpb"]
 
     @property
     def nats(self) -> float:
@@ -54,9 +58,7 @@ class Evaluation:
         if "loss" in numbers:
             return numbers["loss"]
         num_tokens = numbers.get("num_tokens", 0.0)
-        return (
-            numbers["bpb"] * math.log(2) * numbers.get("num_bytes", math.nan) / num_tokens if num_tokens else math.nan
-        )
+        return self.bpb * math.log(2) * numbers.get("num_bytes", math.nan) / num_tokens if num_tokens else math.nan
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,6 @@ class Resume:
     """A line with event `"resume"`: after `step` finished steps the run went on from a checkpoint."""
 
     step: int
-    checkpoint: str
     changes: list[tuple[str, Any, Any]]
 
 
@@ -132,6 +133,11 @@ class RunLog:
         return None
 
     @property
+    def validation(self) -> list[Evaluation]:
+        """The evaluations that measured bits per byte."""
+        return [evaluation for evaluation in self.evaluations if "bpb" in evaluation.numbers]
+
+    @property
     def boundaries(self) -> list[int]:
         """Numbers of finished steps after which the run went on in another process or from a checkpoint."""
         found = {resume.step for resume in self.resumes} | {step for step, _ in self.records}
@@ -142,7 +148,7 @@ class RunLog:
         edges = [0, *np.searchsorted(self.step, self.boundaries, side="right").tolist(), len(self.step)]
         return [slice(a, b) for a, b in pairwise(edges) if b > a]
 
-    def status(self, now: float | None = None) -> str:
+    def status(self) -> str:
         """Return `"empty"`, `"complete"`, `"running"` or `"stopped"`."""
         if not len(self.step):
             return "empty"
@@ -152,8 +158,7 @@ class RunLog:
             return "stopped"
         gaps = np.diff(self["time"][-200:])
         usual = float(np.median(gaps)) if len(gaps) and np.isfinite(gaps).all() else 0.0
-        age = (time.time() if now is None else now) - self.last_time
-        return "running" if age < max(_SILENCE_SECONDS, 10 * usual) else "stopped"
+        return "running" if time.time() - self.last_time < max(_SILENCE_SECONDS, 10 * usual) else "stopped"
 
 
 def read_run(run: str | Path) -> RunLog:
@@ -271,7 +276,7 @@ def _read_event(log: RunLog, event: Any, step: int, when: float, entry: dict[str
     if event == "evaluation":
         numbers = {str(key): number(value) for key, value in entry.items() if key not in ("step", "time")}
         numbers = {key: value for key, value in numbers.items() if math.isfinite(value)}
-        log.evaluations.append(Evaluation(step, when, numbers, text(entry.get("data_hash"))))
+        log.evaluations.append(Evaluation(step, numbers, text(entry.get("data_hash"))))
     elif event == "resume":
         changes = entry.get("changes")
         rows = [
@@ -279,7 +284,7 @@ def _read_event(log: RunLog, event: Any, step: int, when: float, entry: dict[str
             for row in (changes if isinstance(changes, list) else ())
             if isinstance(row, list) and len(row) == 3
         ]
-        log.resumes.append(Resume(step, text(entry.get("checkpoint")), rows[:_MOST_CHANGES]))
+        log.resumes.append(Resume(step, rows[:_MOST_CHANGES]))
     elif event == "run":
         log.records.append((step, {key: value for key, value in entry.items() if key not in ("event", "step", "time")}))
     elif event == "sample" and isinstance(entry.get("text"), str):

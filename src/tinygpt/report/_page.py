@@ -8,10 +8,12 @@ import html
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Literal
 
 from tinygpt.report._style import STYLE
 
+Level = Literal["good", "note", "warning"]
 _MARKS = {"good": "✓", "note": "•", "warning": "!"}
 
 
@@ -24,7 +26,7 @@ class Paragraph:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells; columns named in `numeric` are aligned to the right."""
+    """Rows of cells, all but the first to the right if `numeric`; `folded` is the title a page folds it under."""
 
     header: tuple[str, ...]
     rows: Sequence[tuple[str, ...]]
@@ -36,7 +38,7 @@ class Table:
 class Remark:
     """An observation with the rule it follows."""
 
-    level: Literal["good", "note", "warning"]
+    level: Level
     text: str
     rule: str
 
@@ -137,7 +139,9 @@ def _fenced(text: str) -> list[str]:
 def _markdown(text: str) -> str:
     """Return text that Markdown shows as it is, in one line: no markup, no HTML, no new cell."""
     line = " ".join(_clean(text).split())
-    return re.sub(r"([\\`*\[\]|])", r"\\\1", line.replace("&", "&amp;").replace("<", "&lt;"))
+    # An underscore within a word is only that, and a sign before a number as well.
+    markup = r"([\\`*\[\]|~]|(?<!\w)_|_(?!\w)|^[#>]|^[-+](?=\s))"
+    return re.sub(markup, r"\\\1", line.replace("&", "&amp;").replace("<", "&lt;"))
 
 
 def to_html(page: Page) -> str:
@@ -155,24 +159,16 @@ def to_html(page: Page) -> str:
 
 
 def _html_section(section: Section) -> str:
-    parts: list[str] = []
-    charts: list[str] = []
-    remarks: list[str] = []
-    for block in section.blocks:
-        # Neighbours of one kind share a frame: charts a grid, remarks a list.
-        if not isinstance(block, Chart) and charts:
-            parts, charts = [*parts, f'<div class="charts">{"".join(charts)}</div>'], []
-        if not isinstance(block, Remark) and remarks:
-            parts, remarks = [*parts, f'<ul class="remarks">{"".join(remarks)}</ul>'], []
-        rendered = _html_block(block)
-        target = charts if isinstance(block, Chart) else remarks if isinstance(block, Remark) else parts
-        target.append(rendered)
-    if charts:
-        parts.append(f'<div class="charts">{"".join(charts)}</div>')
-    if remarks:
-        parts.append(f'<ul class="remarks">{"".join(remarks)}</ul>')
-    heading = f"<h2>{_html(section.title)}</h2>" if section.title else ""
-    return f"<section>{heading}{''.join(parts)}</section>\n"
+    parts = [f"<h2>{_html(section.title)}</h2>"] if section.title else []
+    # Neighbours of one kind share a frame: charts a grid, remarks a list.
+    for kind, blocks in groupby(section.blocks, key=type):
+        inside = "".join(map(_html_block, blocks))
+        if kind is Chart:
+            inside = f'<div class="charts">{inside}</div>'
+        elif kind is Remark:
+            inside = f'<ul class="remarks">{inside}</ul>'
+        parts.append(inside)
+    return f"<section>{''.join(parts)}</section>\n"
 
 
 def _html_block(block: Block) -> str:

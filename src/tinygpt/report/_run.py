@@ -1,11 +1,12 @@
 """The picture of a run, drawn from its metrics.jsonl."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tinygpt.errors import DataError
 from tinygpt.metrics import read_metrics
-from tinygpt.report._figure import new_figure
+from tinygpt.report._figure import new_figure, save_figure
 
 _SMOOTHING = 0.9
 
@@ -35,10 +36,31 @@ def plot_run(
     if not metrics_file.exists():
         raise DataError(f"there is no {metrics_file}.")
     records = read_metrics(metrics_file)
-    steps = [record for record in records if record.get("event") == "step"]
-    if not steps:
+    if not drawable_steps(records):
         raise DataError(f"{metrics_file} holds no training step to draw.")
-    evaluations = [record for record in records if record.get("event") == "evaluation" and record.get("bpb")]
+    return draw_records(records, picture, title=title, unigram_bpb=unigram_bpb)
+
+
+def drawable_steps(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the steps that have every number of the picture; one that was not finite is null in the file."""
+    return [
+        record
+        for record in records
+        if record.get("event") == "step"
+        and all(isinstance(record.get(name), int | float) for name in ("loss", "lr", "weight_decay"))
+    ]
+
+
+def draw_records(
+    records: Sequence[dict[str, Any]], picture: str | Path, *, title: str = "", unigram_bpb: float | None = None
+) -> Path:
+    """Draw the lines of a metrics file, with at least one drawable step; see `plot_run`."""
+    steps = drawable_steps(records)
+    evaluations = [
+        record
+        for record in records
+        if record.get("event") == "evaluation" and isinstance(record.get("bpb"), int | float)
+    ]
     figure = new_figure(8, 8)
     loss_axes, bpb_axes, rate_axes = figure.subplots(3, 1, sharex=True, height_ratios=[3, 3, 2])
     x = [record["step"] + 1 for record in steps]
@@ -68,8 +90,7 @@ def plot_run(
         loss_axes.text(step, 0.98, " resumed", color="#31a354", va="top", transform=loss_axes.get_xaxis_transform())
     if title:
         figure.suptitle(title)
-    figure.savefig(picture, dpi=130)
-    return Path(picture)
+    return save_figure(figure, picture)
 
 
 def _draw_rates(axes: Any, x: list[int], steps: list[dict[str, Any]]) -> None:

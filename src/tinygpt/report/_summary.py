@@ -2,7 +2,7 @@
 
 import bisect
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from tinygpt.report._health import settled, step_tokens, time_use
 from tinygpt.report._log import Floats, Integers, RunLog, number, objects, section
 from tinygpt.report._page import Block, Paragraph, Table
 from tinygpt.report._statistics import smooth
-from tinygpt.report._text import bytes_text, count_text, number_text, seconds_text, short
+from tinygpt.report._text import bytes_text, count_text, finite_text, number_text, seconds_text, short, value_text
 
 _MOST_ROWS = 14
 _MOST_PHASES = 30
@@ -20,10 +20,10 @@ _MOST_FIELDS = 200
 _NO_RECORD = 'The run wrote no record of its model and settings (the event "run" in metrics.jsonl)'
 
 
-def headline(log: RunLog, status: str) -> dict[str, Any]:
+def headline(log: RunLog) -> dict[str, Any]:
     """Return the figures that come first, as numbers."""
-    validation = [e for e in log.evaluations if "bpb" in e.numbers]
-    best = min(validation, key=lambda e: e.numbers["bpb"]) if validation else None
+    validation = log.validation
+    best = min(validation, key=lambda e: e.bpb) if validation else None
     loss = log["loss"][np.isfinite(log["loss"])]
     mask = settled(log)
     seconds = step_tokens(log)[mask] / log["tokens_per_second"][mask]
@@ -32,13 +32,13 @@ def headline(log: RunLog, status: str) -> dict[str, Any]:
     parameters = number(section(log.record, "model").get("num_parameters"))
     mfu = log["mfu"][mask & np.isfinite(log["mfu"])]
     return {
-        "status": status,
+        "status": log.status(),
         "steps": log.last_step,
         "num_steps": log.num_steps,
-        "tokens": _last(log["tokens"]),
+        "tokens": float(log["tokens"][-1]) if len(log["tokens"]) else math.nan,
         "train_loss": float(loss[-mean_window(log) :].mean()) if len(loss) else math.nan,
-        "validation_bpb": validation[-1].numbers["bpb"] if validation else math.nan,
-        "best_validation_bpb": best.numbers["bpb"] if best else math.nan,
+        "validation_bpb": validation[-1].bpb if validation else math.nan,
+        "best_validation_bpb": best.bpb if best else math.nan,
         "best_validation_step": best.step if best else None,
         "tokens_per_second": float(np.median(log["tokens_per_second"][mask])) if mask.any() else math.nan,
         "step_seconds": float(np.median(seconds)) if mask.any() else math.nan,
@@ -60,9 +60,9 @@ def cards(figures: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("status", figures["status"]),
         ("steps", steps),
         ("tokens", count_text(figures["tokens"])),
-        ("validation", _or_absent(figures["validation_bpb"], "{:.4f} bpb")),
-        ("training loss", _or_absent(figures["train_loss"], "{:.4f} nats")),
-        ("speed", _or_absent(figures["tokens_per_second"], "{:,.0f} tok/s")),
+        ("validation", finite_text(figures["validation_bpb"], "{:.4f} bpb")),
+        ("training loss", finite_text(figures["train_loss"], "{:.4f} nats")),
+        ("speed", finite_text(figures["tokens_per_second"], "{:,.0f} tok/s")),
         ("training time", seconds_text(figures["training_seconds"])),
         ("peak memory", bytes_text(figures["peak_memory_bytes"])),
     ]
@@ -75,12 +75,12 @@ def performance(log: RunLog, figures: Mapping[str, Any]) -> list[Block]:
     name = device.get("device_name") or device.get("device") or section(log.state, "environment").get("device")
     rows = [
         ("device", short(str(name)) if name else "not recorded"),
-        ("speed", _or_absent(figures["tokens_per_second"], "{:,.0f} tok/s (median)")),
+        ("speed", finite_text(figures["tokens_per_second"], "{:,.0f} tok/s (median)")),
         ("step", f"{seconds_text(figures['step_seconds'])} (median)"),
         ("training time", seconds_text(figures["training_seconds"])),
         ("evaluation and sampling", seconds_text(figures["evaluation_seconds"])),
         ("saving and other hooks", seconds_text(figures["other_seconds"])),
-        ("MFU", _or_absent(figures["mfu"], "{:.1%} (median)", "n/a: the peak of this device is not known")),
+        ("MFU", finite_text(figures["mfu"], "{:.1%} (median)", "n/a: the peak of this device is not known")),
         ("peak memory", bytes_text(figures["peak_memory_bytes"])),
     ]
     planned, step_seconds = figures["num_steps"], figures["step_seconds"]
@@ -93,7 +93,7 @@ def performance(log: RunLog, figures: Mapping[str, Any]) -> list[Block]:
         rows.append(("checkpoint", f"{bytes_text(sum(newest.sizes.values()))}: {parts}"))
         kept = ", ".join(f"{saved.step:,}" for saved in log.checkpoints[-6:])
         rows.append(("checkpoints kept", f"{len(log.checkpoints)}, at steps {kept}"))
-    return [Table(("", ""), [(label, value) for label, value in rows])]
+    return [Table(("", ""), rows)]
 
 
 def architecture(log: RunLog) -> list[Block]:
@@ -109,7 +109,7 @@ def architecture(log: RunLog) -> list[Block]:
         rows = [(role.replace("_", " "), f"{n:,.0f}", f"{n / total:.1%}") for role, n in counts if math.isfinite(n)]
         rows.append(("all", f"{total:,.0f}", "100.0%"))
         blocks.append(Table(("parameters", "number", "share"), rows[:_MOST_ROWS], numeric=True))
-    facts = [_shape(config)] if _shape(config) else []
+    facts = [shape] if (shape := _shape(config)) else []
     for block in objects(model, "blocks")[:6]:
         layers = block.get("layers")
         if isinstance(layers, list):
@@ -137,7 +137,7 @@ def _shape(config: Mapping[str, Any]) -> str:
 
 def data_and_batch(log: RunLog) -> list[Block]:
     """Return batch, data and environment."""
-    record, identity = log.record, log.identity
+    record = log.record
     batch, data = section(record, "batch"), section(record, "data")
     rows: list[tuple[str, str]] = []
     if tokens := batch.get("tokens"):
@@ -160,14 +160,8 @@ def data_and_batch(log: RunLog) -> list[Block]:
     if len(epochs):
         rows.append(("passes over the data", f"{epochs[-1]:,.0f} done, pass {epochs[-1] + 1:,.0f} was running"))
     blocks: list[Block] = [Table(("", ""), rows)] if rows else []
-    if identity:
-        blocks.append(_fields("run.json", identity))
-    environment = section(record, "environment") or section(log.state, "environment")
-    if environment:
-        blocks.append(_fields("environment", environment))
-    if settings := section(record, "settings") or section(log.state, "settings"):
-        blocks.append(_fields("settings", settings))
-    return blocks
+    told = {name: section(record, name) or section(log.state, name) for name in ("environment", "settings")}
+    return blocks + [_fields(title, values) for title, values in {"run.json": log.identity, **told}.items() if values]
 
 
 def optimizer(log: RunLog) -> list[Block]:
@@ -183,7 +177,7 @@ def optimizer(log: RunLog) -> list[Block]:
                 number_text(group.get("num_parameters")),
                 number_text(settings.get("lr")),
                 number_text(settings.get("weight_decay")),
-                short(", ".join(f"{key} {_value(value)}" for key, value in rest.items()), 120),
+                short(", ".join(f"{key} {value_text(value)}" for key, value in rest.items()), 120),
             )
         )
     if rows:
@@ -222,7 +216,7 @@ def phases(log: RunLog) -> list[Block]:
         if made := {key: value for key, value in settings.items() if key.startswith("schedule ")}:
             blocks.append(_fields("schedules at the newest checkpoint", made))
     for resume in log.resumes[-6:]:
-        changes = [(short(name), _value(was), _value(now)) for name, was, now in resume.changes[:40]]
+        changes = [(short(name), value_text(was), value_text(now)) for name, was, now in resume.changes[:40]]
         if changes:
             blocks.append(Table(("changed", "was", "is"), changes, folded=f"resume after step {resume.step:,}"))
     return blocks
@@ -251,10 +245,10 @@ def _course(step: Integers, values: Floats) -> str:
 
 def progression(log: RunLog) -> list[Block]:
     """Return training loss and validation at a dozen places, with the differences to the row above."""
-    validation = {e.step: e.numbers["bpb"] for e in log.evaluations if "bpb" in e.numbers}
+    validation = {e.step: e.bpb for e in log.validation}
     if not len(log.step):
         return [Paragraph("No step was finished yet.")]
-    best = min(validation, key=lambda step: validation[step]) if validation else None
+    best = min(validation, key=validation.__getitem__) if validation else None
     places = sorted(validation) or log.step.tolist()
     # A jump hides between two rows unless they stand right before and after it.
     wanted = {best} if best else set()
@@ -265,45 +259,46 @@ def progression(log: RunLog) -> list[Block]:
     known = np.isfinite(log["loss"])
     steps, losses = log.step[known], log["loss"][known]
     window = mean_window(log)
-    means = smooth(losses, window) if len(losses) else losses
+    means = smooth(losses, window)
     rows = []
     previous = (math.nan, math.nan)
     for step in milestones:
         loss = float(means[place]) if (place := int(np.searchsorted(steps, step, side="right")) - 1) >= 0 else math.nan
         index = max(0, int(np.searchsorted(log.step, step, side="right")) - 1)
         bpb = validation.get(step, math.nan)
+        change = finite_text(bpb - previous[1], "{:+.4f}", "")
+        measured = (f"{bpb:.4f}{' (best)' if step == best else ''}", change) if validation else ()
         rows.append(
             (
                 f"{step:,}",
                 count_text(log["tokens"][index]),
-                f"{loss:.4f}",
-                _delta(loss - previous[0]),
-                *(
-                    (f"{bpb:.4f}" + (" (best)" if step == best else ""), _delta(bpb - previous[1]))
-                    if validation
-                    else ()
-                ),
+                finite_text(loss, "{:.4f}"),
+                finite_text(loss - previous[0], "{:+.4f}", ""),
+                *measured,
                 number_text(float(log["lr"][index])),
             )
         )
         previous = (loss, bpb)
     header = ("step", "tokens", "train loss", "Δ", *(("val bpb", "Δ") if validation else ()), "lr")
-    blocks: list[Block] = [
-        Table(header, [tuple(cell.replace("nan", "n/a") for cell in row) for row in rows], numeric=True)
-    ]
+    blocks: list[Block] = [Table(header, rows, numeric=True)]
     how = f"Training loss in nats a token, the mean of the last {window} steps." if window > 1 else "In nats a token."
     if len(validation) > len(milestones):
         how += f" {len(milestones)} of {len(validation):,} evaluations, the best and those around a resume among them."
-    hashes = {e.data_hash for e in log.evaluations if e.data_hash and "bpb" in e.numbers}
-    if len(hashes) > 1:
-        how += f" Warning: {len(hashes)} different validation sets were used; their figures cannot be compared."
-    blocks.append(Paragraph(how))
+    blocks.append(Paragraph(" ".join([how, *validation_warning([log])])))
     others = sorted({key for e in log.evaluations for key in e.numbers} - {"bpb", "loss", "num_tokens", "num_bytes"})
     last = [(key, [e for e in log.evaluations if key in e.numbers][-1]) for key in others[:30]]
     if last:
         found = [(short(key, 60), number_text(e.numbers[key]), f"{e.step:,}") for key, e in last]
         blocks.append(Table(("other evaluations", "last value", "step"), found, numeric=True))
     return blocks
+
+
+def validation_warning(logs: Sequence[RunLog]) -> list[str]:
+    """Return a warning if bits per byte were measured on different texts."""
+    hashes = {e.data_hash for log in logs for e in log.validation if e.data_hash}
+    if len(hashes) < 2:
+        return []
+    return [f"Warning: {len(hashes)} different validation sets were used; their figures cannot be compared."]
 
 
 def _milestones(steps: list[int], wanted: set[int]) -> list[int]:
@@ -315,23 +310,5 @@ def _milestones(steps: list[int], wanted: set[int]) -> list[int]:
 
 
 def _fields(title: str, values: Mapping[str, Any]) -> Table:
-    rows = [(short(str(key), 60), _value(value)) for key, value in list(values.items())[:_MOST_FIELDS]]
+    rows = [(short(str(key), 60), value_text(value)) for key, value in list(values.items())[:_MOST_FIELDS]]
     return Table(("", ""), rows, folded=title)
-
-
-def _value(value: Any) -> str:
-    if isinstance(value, list):
-        return short(", ".join(number_text(item) for item in value[:20]))
-    return number_text(value)
-
-
-def _delta(value: float) -> str:
-    return f"{value:+.4f}" if math.isfinite(value) else ""
-
-
-def _last(values: Floats) -> float:
-    return float(values[-1]) if len(values) else math.nan
-
-
-def _or_absent(value: float, form: str, absent: str = "n/a") -> str:
-    return form.format(value) if math.isfinite(value) else absent

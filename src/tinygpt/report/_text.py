@@ -22,6 +22,18 @@ def number_text(value: Any) -> str:
     return short(str(value))
 
 
+def value_text(value: Any) -> str:
+    """Return a value of a record: a number, a list of the first of them, or short text."""
+    if isinstance(value, list):
+        return short(", ".join(number_text(item) for item in value[:20]))
+    return number_text(value)
+
+
+def finite_text(value: float, form: str, absent: str = "n/a") -> str:
+    """Return a number in this form, and `absent` for one that is not known."""
+    return form.format(value) if math.isfinite(value) else absent
+
+
 def short(text: str, most: int = _MOST_CHARACTERS) -> str:
     """Return text in one line and not longer than `most`."""
     line = " ".join(text[: 4 * most].encode("utf-8", "replace").decode("utf-8").split())

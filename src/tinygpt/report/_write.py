@@ -1,7 +1,6 @@
 """The report of one run."""
 
 import math
-import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import tinygpt
+from tinygpt._disk import replacing, write_text
 from tinygpt.errors import ConfigError
 from tinygpt.report import _findings, _health, _summary
 from tinygpt.report._charts import binning_note, draw_run
@@ -73,8 +73,7 @@ def write_report(run: str | Path, out: str | Path | None = None, *, pictures: bo
         new_figure(1, 1)  # whether matplotlib is there shall be known before anything is written
     log = read_run(run)
     folder = log.folder / "report" if out is None else Path(out)
-    status = log.status()
-    figures = _summary.headline(log, status)
+    figures = _summary.headline(log)
     found = observations(log)
     with ReportFolder(folder) as files:
         charts = draw_run(log, write=files.save_picture) if pictures else []
@@ -95,7 +94,7 @@ def summarize_run(run: str | Path) -> dict[str, Any]:
         DataError: If there is no such run.
     """
     log = read_run(run)
-    return _summary_of(log, _summary.headline(log, log.status()), observations(log))
+    return _summary_of(log, _summary.headline(log), observations(log))
 
 
 def observations(log: RunLog) -> list[Observation]:
@@ -126,9 +125,14 @@ def _compose(log: RunLog, figures: Mapping[str, Any], found: Sequence[Observatio
     facts = [f"{count_text(parameters)} parameters"] if parameters else []
     facts += [f"{figures['steps']:,} steps", f"{count_text(figures['tokens'])} tokens", str(figures["status"])]
     written = "" if math.isnan(log.last_time) else f" Its last line is of {stamp(log.last_time)}."
-    footer = f"Made {stamp(time.time())} by tinygpt {tinygpt.__version__} from the run's own files.{written}"
-    shown = [section for section in sections if section.blocks]
-    return Page(f"Report of {log.name}", ", ".join(facts).replace("n/a tokens, ", ""), shown, footer)
+    subtitle = ", ".join(facts).replace("n/a tokens, ", "")
+    return made_page(f"Report of {log.name}", subtitle, sections, f"the run's own files.{written}")
+
+
+def made_page(title: str, subtitle: str, sections: Sequence[Section], source: str) -> Page:
+    """Return the page of the sections that hold something, with a footer that says when and from what it was made."""
+    footer = f"Made {stamp(time.time())} by tinygpt {tinygpt.__version__} from {source}"
+    return Page(title, subtitle, [section for section in sections if section.blocks], footer)
 
 
 def _samples(samples: Sequence[Sample]) -> list[Block]:
@@ -188,16 +192,13 @@ class ReportFolder:
 
     def write(self, name: str, content: str) -> None:
         """Write a text file."""
-        temporary = self.folder / f".{name}.{os.getpid()}.tmp"
-        temporary.write_text(content, encoding="utf-8", newline="\n")
-        temporary.replace(self.folder / name)
+        write_text(self.folder / name, content)
 
     def save_picture(self, name: str, figure: "Figure") -> None:
         """Write a figure as PNG."""
         path = self.folder / f"{name}.png"
-        temporary = path.with_name(f".{name}.{os.getpid()}.tmp")
-        figure.savefig(temporary, format="png", dpi=130)
-        temporary.replace(path)
+        with replacing(path) as temporary:
+            figure.savefig(temporary, format="png", dpi=130)
         self.pictures.append(path)
 
     def _refusal(self, error: OSError) -> ConfigError:

@@ -5,7 +5,7 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
-from tinygpt.generate import TokenEvent
+from tinygpt.generate import TokenEvent, TokenLogprobs
 from tinygpt.tokenizer import Tokenizer
 
 
@@ -53,24 +53,16 @@ class CompletionShape(_Shape):
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": events[-1].finish_reason}
 
     def _logprobs(self, events: Sequence[TokenEvent], offset: int) -> dict[str, Any] | None:
-        drawn = [event for event in events if event.logprobs is not None and event.token_id is not None]
-        if not drawn:
-            return None
-        tokens = [_spelled(self._tokenizer, event.token_id) for event in drawn]
-        tops: list[dict[str, float] | None] = []
-        offsets = []
-        for event, token in zip(drawn, tokens, strict=True):
-            assert event.logprobs is not None
-            top = {_spelled(self._tokenizer, token_id): logprob for token_id, logprob in event.logprobs.top}
-            tops.append({**top, token: event.logprobs.logprob} if top else None)  # with the token that was drawn
-            offsets.append(offset)
-            offset += len(self._tokenizer.decode([event.token_id]))  # type: ignore[list-item]
-        return {
-            "tokens": tokens,
-            "token_logprobs": [event.logprobs.logprob for event in drawn if event.logprobs is not None],
-            "top_logprobs": tops,
-            "text_offset": offsets,
-        }
+        columns: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+        for token_id, found in _drawn(events):
+            token = _spelled(self._tokenizer, token_id)
+            top = {_spelled(self._tokenizer, other): logprob for other, logprob in found.top}
+            columns["tokens"].append(token)
+            columns["token_logprobs"].append(found.logprob)
+            columns["top_logprobs"].append({**top, token: found.logprob} if top else None)  # with the one drawn
+            columns["text_offset"].append(offset)
+            offset += len(self._tokenizer.decode([token_id]))
+        return columns if columns["tokens"] else None
 
 
 class ChatShape(_Shape):
@@ -113,11 +105,10 @@ class ChatShape(_Shape):
         return self._whole(choices, usage)
 
     def _logprobs(self, events: Sequence[TokenEvent]) -> dict[str, Any] | None:
-        entries = []
-        for event in events:
-            if event.logprobs is not None and event.token_id is not None:
-                top = [self._entry(token_id, logprob) for token_id, logprob in event.logprobs.top]
-                entries.append({**self._entry(event.token_id, event.logprobs.logprob), "top_logprobs": top})
+        entries = [
+            {**self._entry(token_id, found.logprob), "top_logprobs": [self._entry(*other) for other in found.top]}
+            for token_id, found in _drawn(events)
+        ]
         return {"content": entries, "refusal": None} if entries else None
 
     def _entry(self, token_id: int, logprob: float) -> dict[str, Any]:
@@ -134,9 +125,13 @@ def usage_of(prompts: Sequence[Sequence[int]], num_new: int) -> dict[str, int]:
     return {"prompt_tokens": num_prompt, "completion_tokens": num_new, "total_tokens": num_prompt + num_new}
 
 
-def _spelled(tokenizer: Tokenizer, token_id: int | None) -> str:
+def _drawn(events: Sequence[TokenEvent]) -> list[tuple[int, TokenLogprobs]]:
+    """Return the tokens that were drawn, with their probabilities where these were asked for."""
+    return [(e.token_id, e.logprobs) for e in events if e.token_id is not None and e.logprobs is not None]
+
+
+def _spelled(tokenizer: Tokenizer, token_id: int) -> str:
     r"""Return a token as text; one that is no whole characters as `bytes:\x..`, so that no two look alike."""
-    assert token_id is not None
     data = tokenizer.decode_bytes([token_id])
     try:
         return data.decode("utf-8")

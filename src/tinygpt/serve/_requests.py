@@ -27,6 +27,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 _BOOKKEEPING = ("metadata", "prompt_cache_key", "safety_identifier", "service_tier", "user")  # nothing is kept here
 
 _Text = Annotated[str, Field(min_length=1)]
+_Positive = Annotated[int, Field(ge=1)]
 _TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 
 
@@ -45,13 +46,13 @@ class Options(_Body):
     model: str | None = None
     temperature: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=1)] | None = None
+    top_k: _Positive | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    n: Annotated[int, Field(ge=1)] | None = None
+    max_tokens: _Positive | None = None
+    n: _Positive | None = None
     seed: Annotated[int, Field(ge=0, lt=2**62)] | None = None
-    stop: Annotated[str, Field(min_length=1)] | Annotated[list[_Text], Field(max_length=16)] | None = None
+    stop: _Text | Annotated[list[_Text], Field(max_length=16)] | None = None
     stream: bool | None = None
     stream_options: _StreamOptions | None = None
 
@@ -84,15 +85,15 @@ class ChatBody(Options):
     """A request to answer in a conversation."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: _Positive | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
 
-_AnyBody = TypeVar("_AnyBody", bound=Options)
+AnyBody = TypeVar("AnyBody", bound=Options)
 
 
-def parse(kind: type[_AnyBody], body: bytes) -> _AnyBody:
+def parse(kind: type[AnyBody], body: bytes) -> AnyBody:
     """Return a request's body as its fields.
 
     Raises:

@@ -3,7 +3,7 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator, Callable
-from typing import Any, TypeVar
+from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -14,13 +14,11 @@ from tinygpt.serve._answers import usage_of
 from tinygpt.serve._calls import Call, Served, chat_call, completion_call, unknown_model
 from tinygpt.serve._config import ServerConfig
 from tinygpt.serve._errors import RequestError
-from tinygpt.serve._requests import ChatBody, CompletionBody, Options, parse
+from tinygpt.serve._requests import AnyBody, ChatBody, CompletionBody, parse
 from tinygpt.serve._worker import Job, Worker
 
 _BODY_SECONDS = 30.0  # a body of the allowed length takes no longer, unless its sender means to hold the connection
 _SEND_SECONDS = 5.0  # after its time a stream may still say so
-
-_AnyBody = TypeVar("_AnyBody", bound=Options)
 
 
 class Routes:
@@ -73,7 +71,7 @@ class Routes:
         }
 
     async def _answer(
-        self, request: Request, kind: type[_AnyBody], to_call: Callable[[_AnyBody, Served], Call]
+        self, request: Request, kind: type[AnyBody], to_call: Callable[[AnyBody, Served], Call]
     ) -> Response:
         body = parse(kind, await self._body(request))
         call = await asyncio.to_thread(to_call, body, self._served)  # a long text holds up no other request

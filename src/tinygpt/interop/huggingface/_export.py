@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor
 
 from tinygpt import __version__, hub
 from tinygpt.errors import CheckpointError, ConfigError
@@ -25,6 +24,7 @@ from tinygpt.interop.huggingface._stock import (
 )
 from tinygpt.interop.huggingface._structure import Structure, load_exportable, structure_of, unwrapped, weights_of
 from tinygpt.model import GPT, check_tokenizer, independent_tensors
+from tinygpt.model._files import check_dtype
 from tinygpt.tokenizer import Tokenizer, load_tokenizer, save_tokenizer_json
 
 CODE_FILE = "modeling_tinygpt.py"
@@ -93,8 +93,7 @@ def export(
     """
     out = Path(out_folder)
     _check_out(out, overwrite)
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise ConfigError(f"dtype {dtype!r} is not a floating-point dtype; use torch.bfloat16 for example.")
+    check_dtype(dtype)
     if isinstance(model, str | Path):
         folder = hub.resolve(model)
         model = load_exportable(folder)
@@ -172,7 +171,8 @@ def _write(
     # <|bos|> stands before every document, so writing it also ends one.
     ends = {"bos_token_id": bos, "eos_token_id": bos}
     fields |= {"dtype": str(dtype).removeprefix("torch."), **ends, "tinygpt_version": __version__}
-    _save_weights(weights, folder / "model.safetensors", dtype)
+    tensors = independent_tensors({name: tensor.to(dtype) for name, tensor in weights.items()})
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     _write_json(folder / "generation_config.json", {**ends, "pad_token_id": bos})
     if tokenizer is not None:
         save_tokenizer_json(tokenizer, folder)
@@ -212,10 +212,6 @@ def _tokenizer_config(structure: Structure) -> dict[str, Any]:
         "clean_up_tokenization_spaces": False,
         "model_max_length": structure.config.max_seq_len,
     }
-
-
-def _save_weights(weights: dict[str, Tensor], path: Path, dtype: torch.dtype) -> None:
-    save_file(independent_tensors({name: tensor.to(dtype) for name, tensor in weights.items()}), path, {"format": "pt"})
 
 
 def _write_json(path: Path, fields: dict[str, Any]) -> None:

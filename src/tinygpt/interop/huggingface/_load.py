@@ -16,6 +16,7 @@ from tinygpt.interop.huggingface._structure import MLP_TYPES
 from tinygpt.layers import RotaryEmbedding, SwiGLU
 from tinygpt.manifest import read_json
 from tinygpt.model import GPT, GPTConfig, check_device
+from tinygpt.model._files import check_dtype
 from tinygpt.tokenizer import BOS_TOKEN, BPETokenizer, load_tokenizer_json
 
 _INDEX_FILE = "model.safetensors.index.json"
@@ -87,8 +88,7 @@ def from_transformers(
         same = GPT.from_pretrained("smollm2", mlp=llama_mlp)
         ```
     """
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise ConfigError(f"dtype {dtype!r} is not a floating-point dtype; use torch.bfloat16 for example.")
+    check_dtype(dtype)
     device = check_device(device)
     if isinstance(source, str | Path):
         folder = hub.resolve(

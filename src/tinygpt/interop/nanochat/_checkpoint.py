@@ -9,16 +9,16 @@ from typing import Any
 
 import torch
 
-from tinygpt.errors import CheckpointError, ConfigError
+from tinygpt.errors import CheckpointError
 from tinygpt.interop.nanochat._convert import convert_state_dict
 from tinygpt.interop.nanochat._tokenizer import load_tokenizer_pickle
 from tinygpt.layers import RotaryEmbedding
 from tinygpt.manifest import read_json
 from tinygpt.model import GPT, check_device
+from tinygpt.model._files import check_dtype
 from tinygpt.tokenizer import BPETokenizer, load_tokenizer_json
 
 _MODEL_FILE = re.compile(r"model_(\d+)\.pt")
-_MAX_META_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -89,8 +89,7 @@ def load_checkpoint(
         print(metadata.step, metadata.val_bpb)
         ```
     """
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise ConfigError(f"dtype {dtype} is not a floating-point dtype; use torch.bfloat16 for example.")
+    check_dtype(dtype)
     folder, device = Path(folder), check_device(device)
     step = find_step(folder, step, _MODEL_FILE)
     metadata = _read_metadata(folder / f"meta_{step:06d}.json", step)
@@ -111,8 +110,7 @@ def load_checkpoint(
         model = GPT.from_config(config)
     for module in model.modules():
         if isinstance(module, RotaryEmbedding):  # its tables are computed, not saved
-            module.to_empty(device=device)
-            module.reset_parameters()
+            module.to_empty(device=device)  # which fills them
     # Copied out of the mapped file, which nanochat writes in place when a run saves the same step again.
     model.load_state_dict({k: v.to(device, dtype, copy=True) for k, v in weights.items()}, strict=True, assign=True)
     return model, loaded_tokenizer, metadata
@@ -176,8 +174,6 @@ def _check_archive(path: Path) -> None:
 
 
 def _read_metadata(path: Path, step: int) -> Metadata:
-    if path.exists() and path.stat().st_size > _MAX_META_BYTES:
-        raise CheckpointError(f"{path} is larger than {_MAX_META_BYTES:,} bytes and cannot be metadata.")
     fields = read_json(path)
     if not isinstance(fields.get("model_config"), dict):
         raise CheckpointError(f"{path} is damaged: it has no model_config.")

@@ -17,19 +17,12 @@ _FILE = re.compile(r"optim_(\d+)_rank(\d+)\.pt")
 # Tensors below this many elements are kept whole by every rank, all others in equal slices.
 _SHARDED_FROM = 1024
 _OPTIONS = {
-    "adamw": {"lr": "lr", "betas": "betas", "eps": "eps", "weight_decay": "weight_decay"},
-    "muon": {
-        "lr": "lr",
-        "momentum": "momentum",
-        "beta2": "beta2",
-        "weight_decay": "weight_decay",
-        "ns_steps": "polar_steps",
-    },
+    "adamw": ("lr", "betas", "eps", "weight_decay"),
+    "muon": ("lr", "momentum", "beta2", "weight_decay", "ns_steps"),
 }
-_MOMENTS = {
-    "adamw": {"exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"},
-    "muon": {"momentum_buffer": "momentum", "second_momentum_buffer": "second_moment"},
-}
+_OURS = {"ns_steps": "polar_steps"}  # all others have the same name here
+_ADAMW_MOMENTS = ("exp_avg", "exp_avg_sq")
+_MUON_MOMENTS = {"momentum_buffer": "momentum", "second_momentum_buffer": "second_moment"}
 
 
 class _Group(NamedTuple):
@@ -165,7 +158,7 @@ def _merge(groups: list[_Group], shards: list[dict[str, Any]]) -> tuple[dict[str
             )
     for index, group in enumerate(groups):
         saved = shards[0]["param_groups"][index]
-        chosen = {"kind": group.kind} | {ours: saved[theirs] for theirs, ours in _OPTIONS[group.kind].items()}
+        chosen = {"kind": group.kind} | {_OURS.get(name, name): saved[name] for name in _OPTIONS[group.kind]}
         chosen["initial_lr"] = saved.get("initial_lr", saved["lr"])
         if group.kind == "adamw":  # that of Muon follows a schedule, and what it began with is not written down
             chosen["initial_weight_decay"] = saved["weight_decay"]
@@ -191,7 +184,7 @@ def _adamw_entry(name: str, shape: tuple[int, ...], states: list[dict[str, Any]]
         raise CheckpointError(f"the files are of different runs: {name} was updated {sorted(steps)} times.")
     numel = torch.Size(shape).numel()
     tensors = {}
-    for key in _MOMENTS["adamw"]:
+    for key in _ADAMW_MOMENTS:
         parts = [state[key] for state in states]
         if numel < _SHARDED_FROM:
             if not all(torch.equal(part, parts[0]) for part in parts):
@@ -208,7 +201,7 @@ def _muon_entries(group: _Group, states: list[dict[str, Any]]) -> dict[str, _Ent
     factored = (rows, 1) if rows >= cols else (1, cols)
     first = next(iter(group.shapes))
     stacks = {}
-    for (theirs, ours), shape in zip(_MOMENTS["muon"].items(), ((rows, cols), factored), strict=True):
+    for (theirs, ours), shape in zip(_MUON_MOMENTS.items(), ((rows, cols), factored), strict=True):
         stacks[ours] = _joined([state[theirs] for state in states], (padded, *shape), theirs, f"the group of {first}")
     return {
         name: _Entry(None, {key: stack[index] for key, stack in stacks.items()})
