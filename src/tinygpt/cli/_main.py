@@ -83,7 +83,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (TinyGPTError, OSError) as error:
         if isinstance(error, BrokenPipeError):
             return _leave_pipe()
-        print(f"error: {_one_line(as_typed(str(error), options))}", file=sys.stderr)
+        message = str(error) if isinstance(error, TinyGPTError) else _of_the_system(error)
+        print(f"error: {_one_line(as_typed(message, options))}", file=sys.stderr)
         return 2
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
@@ -112,6 +113,13 @@ def build_parser() -> tuple[Parser, list[str]]:
     for command in _COMMANDS:
         command.add_command(commands)
     return parser, list(commands.choices)
+
+
+def _of_the_system(error: OSError) -> str:
+    """Return an error of the system as a sentence, where it names the file."""
+    if error.filename is None or error.strerror is None:
+        return str(error)
+    return f"{os.fsdecode(error.filename)} cannot be read or written: {error.strerror}; choose another path."
 
 
 def _one_line(message: str) -> str:

@@ -74,7 +74,7 @@ def write_recipe(path: Path, text: str) -> Path:
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as error:
-        raise ConfigError(f"the recipe cannot be written to {path}: {error}.") from None
+        raise ConfigError(f"the recipe cannot be written to {path}: {error.strerror or error}.") from None
     return path
 
 
