@@ -345,7 +345,8 @@ class Recipe(Config):
             out_dir: The run's folder; what a run keeps there is not looked for elsewhere.
 
         Raises:
-            ConfigError: If a mixture has token shards, or the folder's name is none that a tracker takes.
+            ConfigError: If a mixture has token shards, the folder's name is none that a tracker takes, or model or
+                device cannot do with `matmul_precision`.
             HubError: If the repository to push to has no name of one.
             DataError: If a source cannot be opened, its first document not be read, or there is none to measure on.
             MissingDependencyError: If a tracker's package is not installed.
