@@ -58,11 +58,12 @@ def _run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
 def _push(options: argparse.Namespace, step: Any) -> None:
     from tinygpt.checkpoint import verify
     from tinygpt.errors import HubError
-    from tinygpt.hub import check_repo_id
+    from tinygpt.hub import check_repo_id, check_tags
     from tinygpt.manifest import MANIFEST_FILE
     from tinygpt.publish import choose_checkpoint, files_to_push, pending_pushes, push_model
 
     check_repo_id(options.repo)
+    check_tags([*options.tag, *([] if options.branch is None else [options.branch])])
     model = choose_checkpoint(options.source, step)
     if (model / MANIFEST_FILE).exists():
         verify(model)
