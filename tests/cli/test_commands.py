@@ -261,6 +261,26 @@ def test_numbers_go_to_a_tracker_and_a_resume_goes_on_with_its_run(here: Path, r
     assert [e.step for e in events.Scalars("validation/bpb")] == [2, 5, 8]
 
 
+def test_a_run_that_is_past_the_steps_asked_for_says_so_and_stays_as_it_is(
+    finished_run: Path, recipe_file: Path, capsys: Captured
+) -> None:
+    before = sorted((path, path.stat().st_mtime_ns) for path in finished_run.rglob("*"))
+    for command in (["resume", str(finished_run)], ["train", str(recipe_file), "--out", str(finished_run)]):
+        assert run(*command, "--num-steps", "3", "--quiet") == 2
+        said = capsys.readouterr()
+        assert said.out == ""
+        assert said.err.startswith(f"error: {finished_run} stands at step 6, past the 3 steps asked for")
+        assert f"go on as it was by tinygpt resume {finished_run}" in said.err
+    assert sorted((path, path.stat().st_mtime_ns) for path in finished_run.rglob("*")) == before
+
+
+def test_what_a_depth_makes_of_a_model_can_be_changed_beside_it(capsys: Captured) -> None:
+    for option, heads, dim in (("--model.head-dim=32", 4, 128), ("--model.width-per-layer=32", 1, 64)):
+        assert run("plan", "--depth", "2", option, "--show-recipe") == 0
+        model = json.loads(capsys.readouterr().out)["model"]
+        assert (model["num_layers"], model["num_heads"], model["dim"], model["max_seq_len"]) == (2, heads, dim, 256)
+
+
 def test_plan_as_text_as_json_and_as_a_recipe(here: Path, recipe_file: Path, capsys: Captured) -> None:
     assert run("plan", str(recipe_file), "--gpu", "RTX 4070", "--mfu", "0.25") == 0
     assert "on one RTX 4070, if it reaches 25% of its peak" in capsys.readouterr().out

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinygpt.cli._parser import suggestion, typed_path, unescaped
-from tinygpt.cli._words import command, is_out_of_memory, ways_on
+from tinygpt.cli._words import command, fitted, is_out_of_memory, ways_on
 from tinygpt.errors import CheckpointError, ConfigError, TinyGPTError
 
 if TYPE_CHECKING:
@@ -67,7 +67,11 @@ def recipe_of(options: argparse.Namespace) -> "Recipe":
     # What the others are scaled to.
     sizes = {name: int(asked[name]) for name in ("batch_tokens", "num_steps") if asked.get(name, "").isdecimal()}
     base = Recipe.from_depth(options.depth, small=small, tokens_per_parameter=options.tokens_per_parameter, **sizes)
-    return Recipe.from_fields(base.model_dump(exclude_unset=True), overrides=overrides_of(options))
+    overrides = overrides_of(options)
+    if not asked.keys().isdisjoint(("model.head_dim", "model.width_per_layer")):  # which say what a depth makes
+        made = {"model.depth": options.depth, "model.head_dim": base.model.head_dim}
+        overrides |= {name: str(value) for name, value in made.items() if name not in asked}
+    return Recipe.from_fields(base.model_dump(exclude_unset=True), overrides=overrides)
 
 
 def overrides_of(options: argparse.Namespace) -> dict[str, str]:
@@ -108,8 +112,9 @@ def train(recipe: "Recipe", out: Path, options: argparse.Namespace) -> None:
         _check_branch(recipe, Path(branch_from), out)
     if options.tracker:
         recipe = recipe.replace(trackers=list(dict.fromkeys([*recipe.trackers, *options.tracker])))
+    _check_length(recipe, out)
     recipe.check(out)
-    print(recipe.plan(), flush=True)
+    print(fitted(str(recipe.plan())), flush=True)
     run = recipe.build(out)
     try:
         with stopped_runs_go_on_by(command("resume", str(out))):
@@ -127,6 +132,22 @@ def train(recipe: "Recipe", out: Path, options: argparse.Namespace) -> None:
     else:
         print(f"{out}: {last.index + 1:,} steps, loss {last.loss:.4f}, {last.tokens:,} tokens")
     print(f"checkpoint {latest_checkpoint(out / 'checkpoints')}; next: {command('generate', str(out), '-p', 'The ')}")
+
+
+def _check_length(recipe: "Recipe", out: Path) -> None:
+    """Refuse to go on with a run that is past the steps asked for: nothing would be trained, and nothing taken back."""
+    from tinygpt.checkpoint import checkpoint_step, latest_checkpoint, list_checkpoints
+
+    total, found = recipe.total_steps, list_checkpoints(out / "checkpoints")
+    if not found or checkpoint_step(found[-1]) <= total:
+        return
+    newest = latest_checkpoint(out / "checkpoints")  # of those that are whole
+    if newest is not None and (done := checkpoint_step(newest)) > total:
+        raise ConfigError(
+            f"{out} stands at step {done:,}, past the {total:,} steps asked for, so nothing is left to train; give "
+            f"more by --num-steps, go on as it was by {command('resume', str(out))}, or train a run of {total:,} steps "
+            "with another --out."
+        )
 
 
 def _check_branch(recipe: "Recipe", branch_from: Path, out: Path) -> None:
