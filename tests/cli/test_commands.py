@@ -184,6 +184,9 @@ def test_a_branch_that_could_not_begin_is_refused_and_makes_no_folder(
     assert "is of the run" in capsys.readouterr().err
     assert run("train", str(recipe_file), "--from", last, "--out", "run") == 2
     assert "stands at step 6 and this run ends at 6, so nothing is left to train" in capsys.readouterr().err
+    line = ["train", str(recipe_file), "--from", last, "--num-steps", "9", "--rewarm-steps", "4", "--out", "run"]
+    assert run(*line) == 2
+    assert "--rewarm-steps 4 is longer than what is left of the run, 3 steps." in capsys.readouterr().err
     assert not Path("run").exists()
 
 

@@ -109,7 +109,7 @@ def train(recipe: "Recipe", out: Path, options: argparse.Namespace) -> None:
         raise ConfigError(f"--rewarm-steps {options.rewarm_steps} is not a number of steps; choose 1 or more.")
     branch_from = getattr(options, "branch_from", None)
     if branch_from is not None:
-        _check_branch(recipe, Path(branch_from), out)
+        _check_branch(recipe, Path(branch_from), out, rewarm_steps=options.rewarm_steps)
     if options.tracker:
         recipe = recipe.replace(trackers=list(dict.fromkeys([*recipe.trackers, *options.tracker])))
     _check_length(recipe, out)
@@ -150,7 +150,7 @@ def _check_length(recipe: "Recipe", out: Path) -> None:
         )
 
 
-def _check_branch(recipe: "Recipe", branch_from: Path, out: Path) -> None:
+def _check_branch(recipe: "Recipe", branch_from: Path, out: Path, *, rewarm_steps: int | None) -> None:
     """Refuse a branch that could not begin, before its folder is made."""
     from tinygpt.checkpoint import list_checkpoints, load_state
 
@@ -163,7 +163,10 @@ def _check_branch(recipe: "Recipe", branch_from: Path, out: Path) -> None:
         logging.getLogger("tinygpt").info("%s has checkpoints of its own and goes on from them, not by --from", out)
         return
     done = int(load_state(branch_from)["next_step"])
-    if done >= recipe.total_steps:
+    left = recipe.total_steps - done
+    if rewarm_steps is not None and rewarm_steps > left > 0:
+        raise ConfigError(f"--rewarm-steps {rewarm_steps} is longer than what is left of the run, {left:,} steps.")
+    if left <= 0:
         raise ConfigError(
             f"{branch_from} stands at step {done:,} and this run ends at {recipe.total_steps:,}, so nothing is left to "
             "train; give more by --num-steps, or an earlier checkpoint."

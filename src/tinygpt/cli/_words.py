@@ -49,6 +49,7 @@ _TYPED = (
     (r"tinygpt\.interop\.huggingface\.from_transformers reads", "tinygpt import reads"),
     (r"load the folder with GPT\.from_pretrained", "the other commands read it as it is"),
     (r", the out_dir of its TrainerConfig", ""),
+    (r", or load the weights alone with GPT\.from_pretrained", ""),
 )
 
 
