@@ -193,6 +193,7 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["generate", "runs", "-p", "x"], "runs holds runs, and no model itself: runs/one; give a run"),
     (["generate", "runs/one/checkpoints", "-p", "x"], "holds the checkpoints of the run runs/one; give a run"),
     (["generate", "absent", "--temprature", "3"], "did you mean --temperature?"),
+    (["generate", "absent", "--temp", "3"], "did you mean --temperature?"),
     (["generate", "absent", "-p", "x", "--device", "abacus"], "device='abacus' cannot be used"),
     (["chat", "absent", "--temperature", "-1", "--top-p", "0"], "greater than or equal to 0. GenerationConfig.top_p="),
     (["export", "absent", "out"], "'absent' is neither an existing folder"),

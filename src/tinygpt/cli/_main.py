@@ -28,7 +28,7 @@ from tinygpt.cli import (
     _train,
 )
 from tinygpt.cli._parser import Parser, suggestion
-from tinygpt.cli._words import as_typed, is_out_of_memory
+from tinygpt.cli._words import as_sentence, as_typed, is_out_of_memory
 from tinygpt.errors import TinyGPTError
 
 # In the order of --help. Each module imports argparse at most; a command imports what it needs when it runs.
@@ -83,8 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (TinyGPTError, OSError) as error:
         if isinstance(error, BrokenPipeError):
             return _leave_pipe()
-        message = str(error) if isinstance(error, TinyGPTError) else _of_the_system(error)
-        print(f"error: {_one_line(as_typed(message, options))}", file=sys.stderr)
+        print(f"error: {_one_line(as_typed(as_sentence(error), options))}", file=sys.stderr)
         return 2
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
@@ -113,13 +112,6 @@ def build_parser() -> tuple[Parser, list[str]]:
     for command in _COMMANDS:
         command.add_command(commands)
     return parser, list(commands.choices)
-
-
-def _of_the_system(error: OSError) -> str:
-    """Return an error of the system as a sentence, where it names the file."""
-    if error.filename is None or error.strerror is None:
-        return str(error)
-    return f"{os.fsdecode(error.filename)} cannot be read or written: {error.strerror}; choose another path."
 
 
 def _one_line(message: str) -> str:

@@ -1,6 +1,7 @@
 """The library's errors in words that can be typed: where it names an argument, a command has an option or a file."""
 
 import argparse
+import os
 import re
 import shlex
 import shutil
@@ -112,6 +113,13 @@ def _topics(changes: "Iterable[Change]") -> list[str]:
 
 def _accepting(topics: list[str]) -> list[str]:
     return [word for topic in topics for word in ("--accept", topic)]
+
+
+def as_sentence(error: Exception) -> str:
+    """Return what an error says; one of the system that names a file without what Python puts around it."""
+    if not isinstance(error, OSError) or error.filename is None or error.strerror is None:
+        return str(error)
+    return f"{os.fsdecode(error.filename)} cannot be read or written: {error.strerror}; choose another path."
 
 
 def is_out_of_memory(error: BaseException) -> bool:
