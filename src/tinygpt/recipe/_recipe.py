@@ -331,7 +331,8 @@ class Recipe(Config):
             memory_bytes: Choose for this much memory instead.
 
         Raises:
-            ConfigError: If settings do not fit together, the device is not known or a number is out of range.
+            ConfigError: If settings do not fit together, the device is not known, a number is out of range, or a
+                micro-batch has more than 1,048,576 tokens.
             DataError: If the tokenizer's folder or the token shards cannot be read.
         """
         from tinygpt.recipe._plan import plan_run
