@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -5,6 +7,7 @@ from torch.nn import functional as F
 
 from tinygpt import GPT, GPTConfig
 from tinygpt.data import Batch
+from tinygpt.errors import ConfigError
 from tinygpt.losses import next_token_loss
 
 
@@ -41,3 +44,20 @@ def test_a_fully_masked_batch_adds_nothing() -> None:
     batch = masked_batch()
     total, count = next_token_loss(Bigram(), batch._replace(targets=torch.full_like(batch.targets, -1)))
     assert (float(total.detach()), int(count)) == (0.0, 0)
+
+
+def test_what_is_no_logits_is_refused_with_what_it_is() -> None:
+    class Other(Bigram):
+        def __init__(self, part: str) -> None:
+            super().__init__()
+            self.part = part
+
+        def forward(self, token_ids: torch.Tensor) -> Any:
+            logits = super().forward(token_ids)
+            return (logits,) if self.part == "tuple" else logits[:, -1]
+
+    for part, found in (("tuple", "a tuple"), ("last", r"\(3, 7\)")):
+        with pytest.raises(
+            ConfigError, match=rf"Other returned {found}, not logits .* targets \(3, 8\); give a loss_fn"
+        ):
+            next_token_loss(Other(part), masked_batch())

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tinygpt.data import IGNORE_INDEX, Batch
+from tinygpt.errors import ConfigError
 
 
 class LossSum(NamedTuple):
@@ -42,11 +43,20 @@ def next_token_loss(model: nn.Module, batch: Batch) -> LossSum:
 
     Returns:
         Sum in nats and count.
+
+    Raises:
+        ConfigError: If the model returns something else than logits for every target.
     """
     own_loss = getattr(model, "loss", None)
     if inspect.ismethod(own_loss):  # and not a module such as nn.CrossEntropyLoss that happens to have this name
         return LossSum(*own_loss(batch.inputs, batch.targets))
     logits: Tensor = model(batch.inputs)
+    if not isinstance(logits, Tensor) or logits.shape[:-1] != batch.targets.shape:
+        found = tuple(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+        raise ConfigError(
+            f"{type(model).__name__} returned {found}, not logits (batch, seq, vocab) for targets "
+            f"{tuple(batch.targets.shape)}; give a loss_fn that makes a LossSum of what it returns."
+        )
     total = F.cross_entropy(
         logits.flatten(0, -2).float(), batch.targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
     )

@@ -86,7 +86,7 @@ def check_manifest(folder: Path, *, only: Collection[str] | None = None, hashes:
     try:
         found = _sha256_of([part for part, _ in expected])
     except OSError as error:
-        raise CheckpointError(f"{error.filename or folder} cannot be read: {error}.") from None
+        raise CheckpointError(f"{error.filename or folder} cannot be read: {error.strerror or error}.") from None
     for ((path, _, _), wanted), sha256 in zip(expected, found, strict=True):
         if sha256 != wanted:
             raise CheckpointError(f"{path} is damaged: its sha256 is not the one in {MANIFEST_FILE}.")

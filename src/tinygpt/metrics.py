@@ -123,7 +123,7 @@ class MetricsFile:
                 os.truncate(self.path, size)  # the next line must not continue this one
                 raise
         except OSError as error:
-            raise CheckpointError(f"{self.path} cannot be written: {error}.") from error
+            raise CheckpointError(f"{self.path} cannot be written: {error.strerror or error}.") from error
 
     def write_step(self, metrics: StepMetrics) -> None:
         """Append a finished step."""

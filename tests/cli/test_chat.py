@@ -109,6 +109,8 @@ def test_commands_change_how_answers_are_drawn(talk: Talk, folder: Path) -> None
 
 WRONG = {
     "/temprature 1": "there is no /temprature; did you mean temperature?",
+    "/temp 1": "there is no /temp; did you mean temperature?",
+    "/save absent/talk.json": "absent/talk.json cannot be written: No such file or directory; choose another name.",
     "/temperature x": "/temperature takes a number or off, not 'x'",
     "/temperature -1": "GenerationConfig.temperature=-1.0",
     "/top-p 2": "GenerationConfig.top_p=2.0",

@@ -184,6 +184,9 @@ def test_a_branch_that_could_not_begin_is_refused_and_makes_no_folder(
     assert "is of the run" in capsys.readouterr().err
     assert run("train", str(recipe_file), "--from", last, "--out", "run") == 2
     assert "stands at step 6 and this run ends at 6, so nothing is left to train" in capsys.readouterr().err
+    line = ["train", str(recipe_file), "--from", last, "--num-steps", "9", "--rewarm-steps", "4", "--out", "run"]
+    assert run(*line) == 2
+    assert "--rewarm-steps 4 is longer than what is left of the run, 3 steps." in capsys.readouterr().err
     assert not Path("run").exists()
 
 
@@ -259,6 +262,26 @@ def test_numbers_go_to_a_tracker_and_a_resume_goes_on_with_its_run(here: Path, r
         (line["step"], pytest.approx(line["loss"])) for line in steps
     ]
     assert [e.step for e in events.Scalars("validation/bpb")] == [2, 5, 8]
+
+
+def test_a_run_that_is_past_the_steps_asked_for_says_so_and_stays_as_it_is(
+    finished_run: Path, recipe_file: Path, capsys: Captured
+) -> None:
+    before = sorted((path, path.stat().st_mtime_ns) for path in finished_run.rglob("*"))
+    for command in (["resume", str(finished_run)], ["train", str(recipe_file), "--out", str(finished_run)]):
+        assert run(*command, "--num-steps", "3", "--quiet") == 2
+        said = capsys.readouterr()
+        assert said.out == ""
+        assert said.err.startswith(f"error: {finished_run} stands at step 6, past the 3 steps asked for")
+        assert f"go on as it was by tinygpt resume {finished_run}" in said.err
+    assert sorted((path, path.stat().st_mtime_ns) for path in finished_run.rglob("*")) == before
+
+
+def test_what_a_depth_makes_of_a_model_can_be_changed_beside_it(capsys: Captured) -> None:
+    for option, heads, dim in (("--model.head-dim=32", 4, 128), ("--model.width-per-layer=32", 1, 64)):
+        assert run("plan", "--depth", "2", option, "--show-recipe") == 0
+        model = json.loads(capsys.readouterr().out)["model"]
+        assert (model["num_layers"], model["num_heads"], model["dim"], model["max_seq_len"]) == (2, heads, dim, 256)
 
 
 def test_plan_as_text_as_json_and_as_a_recipe(here: Path, recipe_file: Path, capsys: Captured) -> None:

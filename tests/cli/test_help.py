@@ -10,6 +10,7 @@ import pytest
 import tinygpt
 from tinygpt.cli import main
 from tinygpt.cli._main import build_parser
+from tinygpt.tokenizer import ByteTokenizer
 
 COMMANDS = build_parser()[1]
 
@@ -84,6 +85,37 @@ MISTAKES: list[tuple[list[str], str]] = [
         ["train", "--depth", "1", "--data.train", "words.txt", "--out", "r"],
         r"unless a separator parts it. Give --data.separator '\n\n' if blank lines part your documents",
     ),
+    (["train", "--depth", "1", "--data.rows", "100000000", "--num-steps", "3"], "not a multiple of the loader's batch"),
+    (
+        ["plan", "--depth", "1", "--data.rows", "100000000", "--batch-tokens", "none"],
+        "25,600,000,000 at a time, and no more than 1,048,576 are planned for; choose 4,096 rows or fewer.",
+    ),
+    (
+        [
+            "train",
+            "--depth",
+            "1",
+            "--matmul-precision",
+            "int8",
+            "--model.head-dim",
+            "16",
+            "--model.width-per-layer",
+            "16",
+        ],
+        "32 wide, as int8 products need; take a wider model, or leave --matmul-precision out.",
+    ),
+    (
+        ["train", "--depth", "1", "--data.train", "words.txt", "--data.separator", "@@@"],
+        "Parted by '@@@' the text has 1 document. Give another --data.separator, or --data.validation TEXT.",
+    ),
+    (["tokenize", "embedded", "words.txt/out", "--tokenizer", "bytes"], "out cannot be read or written: "),
+    (["tokenizer", "train", "words.txt", "--vocab-size", "270", "--out", "words.txt/out"], "lies in a file"),
+    (
+        ["tokenizer", "train", "words.txt", "--vocab-size", "270", "--out", "out", "--validation", "a.jsonl"],
+        "a.jsonl line 1 has no key 'text'",
+    ),
+    (["push", "absent", "user/repo", "--dry-run", "--tag", "x y"], "'x y' is no name for a tag or branch"),
+    (["push", "absent", "user/repo", "--dry-run", "--branch", "x y"], "'x y' is no name for a tag or branch"),
     (["train", "--depth", "1", "--batch-tokens", "1000"], "batch_tokens=1000 is not a multiple of the loader's batch"),
     (
         ["train", "--depth", "1", "--batch-tokens", "3000", "--out", "r"],
@@ -161,6 +193,7 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["generate", "runs", "-p", "x"], "runs holds runs, and no model itself: runs/one; give a run"),
     (["generate", "runs/one/checkpoints", "-p", "x"], "holds the checkpoints of the run runs/one; give a run"),
     (["generate", "absent", "--temprature", "3"], "did you mean --temperature?"),
+    (["generate", "absent", "--temp", "3"], "did you mean --temperature?"),
     (["generate", "absent", "-p", "x", "--device", "abacus"], "device='abacus' cannot be used"),
     (["chat", "absent", "--temperature", "-1", "--top-p", "0"], "greater than or equal to 0. GenerationConfig.top_p="),
     (["export", "absent", "out"], "'absent' is neither an existing folder"),
@@ -176,7 +209,7 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["report", "words.txt"], "words.txt is a file; give the folder of a run."),
     (
         ["report", "metrics", "--out", "words.txt"],
-        "words.txt: [Errno 17] File exists: 'words.txt'; choose another folder with --out.",
+        "words.txt: File exists; choose another folder with --out.",
     ),
     (["report", ""], "argument RUN: the path is empty"),
     (["report", "empty"], "empty has no metrics.jsonl; give the folder of a run."),
@@ -202,6 +235,7 @@ def test_a_mistake_is_one_line_with_status_2(
     (here / "words.txt").write_text("one document")
     (here / "leaves.py").write_text("raise SystemExit(0)")
     (here / "two words.txt").write_text("one document")
+    ByteTokenizer().save(here / "bytes")
     for folder in ("empty", "metrics", "mixed", "theirs", "runs/one/checkpoints/step-000001"):
         (here / folder).mkdir(parents=True)
     for name in (
@@ -224,6 +258,27 @@ def test_a_mistake_is_one_line_with_status_2(
     assert printed.err.startswith("error: ")
     assert message in printed.err
     assert printed.err.count("\n") == 1
+
+
+def test_what_is_refused_before_training_leaves_no_folder(here: Path) -> None:
+    narrow = ["--model.head-dim", "16", "--model.width-per-layer", "16", "--matmul-precision", "int8"]
+    assert main(["train", "--depth", "1", *narrow, "--out", "run"]) == 2
+    Path("words.txt").write_text("too few words")
+    tokenizer = ["tokenizer", "train", "words.txt", "--out", "tokenizer", "--quiet"]
+    assert main([*tokenizer, "--vocab-size", "30000"]) == 2
+    Path("bad.txt").write_bytes(b"caf\xe9")
+    assert main([*tokenizer, "--vocab-size", "270", "--validation", "bad.txt"]) == 2
+    assert sorted(path.name for path in here.iterdir()) == ["bad.txt", "words.txt"]
+
+
+def test_validation_without_text_is_refused_before_the_tokenizer_is_trained(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("words.txt").write_text("some words")
+    Path("blank.jsonl").write_text('{"text": ""}\n')
+    line = ["tokenizer", "train", "words.txt", "--vocab-size", "270", "--out", "out", "--validation", "blank.jsonl"]
+    assert main(line) == 2
+    assert capsys.readouterr().err.startswith("error: --validation blank.jsonl has documents and no text in them")
 
 
 def test_a_refused_device_is_named_in_few_words(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

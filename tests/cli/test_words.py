@@ -34,3 +34,13 @@ def library() -> str:
 @pytest.mark.parametrize("said", [said for said, _ in _words._TYPED])
 def test_every_phrase_that_is_replaced_is_one_the_library_says(said: str, library: str) -> None:
     assert re.search(said, library)
+
+
+def test_a_plan_is_broken_between_words_at_a_terminal_and_left_alone_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "memory    about 348 MiB: weights 13, gradients 1, optimizer 15\n    lr     0.001    0.01"
+    assert _words.fitted(text) == text
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "40")
+    first, second, rates = _words.fitted(text).splitlines()
+    assert (first, second) == ("memory    about 348 MiB: weights 13,", "          gradients 1, optimizer 15")
+    assert rates == text.splitlines()[1]

@@ -100,6 +100,8 @@ def test_a_100_mb_text_file_is_refused_and_the_error_asks_for_a_separator(tmp_pa
         file.truncate(100 << 20)
     with pytest.raises(DataError, match="give the separator between its documents, or raise the limit"):
         _texts(TextFiles(tmp_path))
+    with pytest.raises(DataError, match=r"the separator '\\n' is not in it: give one that is, or raise the limit"):
+        _texts(TextFiles(tmp_path, separator="\n"))
 
 
 PACK: dict[str, Callable[[bytes], bytes]] = {"gz": gzip.compress, "zst": zstandard.compress}

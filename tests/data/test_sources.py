@@ -8,13 +8,22 @@ import sys
 import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tinygpt.data import DocumentSource, IterableDocuments, JsonLines, TextDocuments, TextFiles, open_source
+from tinygpt.data import (
+    DocumentSource,
+    IterableDocuments,
+    JsonLines,
+    ParquetFiles,
+    TextDocuments,
+    TextFiles,
+    open_source,
+)
 from tinygpt.data import _files as files_module
 from tinygpt.data import _formats as formats_module
 from tinygpt.errors import DataError, MissingDependencyError
@@ -207,6 +216,15 @@ def test_open_source_refuses_what_it_cannot_tell(tmp_path: Path) -> None:
     (tmp_path / "c.csv").write_text("c")
     with pytest.raises(DataError, match=r"c\.csv is neither"):
         open_source(tmp_path / "c.csv")
+
+
+@pytest.mark.parametrize("opened", [TextFiles, JsonLines, ParquetFiles, open_source])
+def test_an_empty_path_is_refused_and_not_the_current_folder(opened: Callable[[Any], object]) -> None:
+    with pytest.raises(DataError, match=r"the path is empty; give a file or a folder, '\.' for the current one"):
+        opened("")
+    if opened is not open_source:
+        with pytest.raises(DataError, match="the path is empty"):
+            opened(["a.txt", ""])
 
 
 @pytest.mark.parametrize("kind", [TextFiles, JsonLines])

@@ -104,6 +104,15 @@ def test_a_side_without_documents_is_refused() -> None:
         _texts(validation)
 
 
+def test_a_side_without_documents_tells_what_the_separator_that_was_given_made(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one\n\ntwo", newline="\n")
+    for separator, said in ((None, "unless a separator parts it"), ("@", "Parted by '@' the text has 1 document")):
+        source = TextFiles(tmp_path, separator=separator)
+        for each in (source, Mixture({"a": (source, 1.0)})):
+            with pytest.raises(DataError, match=said):
+                _texts(hash_split(each, validation_fraction=1e-9)[1])
+
+
 def test_held_out_documents_do_not_reach_training() -> None:
     training = hold_out(TextDocuments(TEXTS * 2), TextDocuments([*TEXTS[::3], "and another"]))
     assert _texts(training) == [text for number, text in enumerate(TEXTS) if number % 3] * 2

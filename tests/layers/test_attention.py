@@ -55,6 +55,16 @@ def test_a_negative_window_is_refused() -> None:
         causal_attention(*torch.zeros(3, 1, 1, 2, 4), window_tokens=-1)
 
 
+@pytest.mark.parametrize("q_seq", [1, 3])
+def test_mixed_dtypes_are_refused_unless_autocast_gives_them_one(q_seq: int) -> None:
+    k = torch.zeros(1, 1, 3, 4)
+    q = k[:, :, -q_seq:].bfloat16()
+    with pytest.raises(ConfigError, match=r"of one dtype, got bfloat16, float32, float32; convert them\."):
+        causal_attention(q, k, k)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert causal_attention(q, k, k).dtype == torch.bfloat16
+
+
 def attention_with_everything(window_tokens: int | None = None) -> CausalSelfAttention:
     torch.manual_seed(0)
     attention = CausalSelfAttention(

@@ -155,6 +155,30 @@ def test_a_whole_block_can_be_swapped_and_own_parts_assembled() -> None:
         GPT(embedding=TokenEmbedding(9, 16), blocks=[], head=LMHead(16, 9))
 
 
+@pytest.mark.parametrize(
+    ("name", "part", "message"),
+    [
+        ("embedding", "x", "embedding is 'x', a str; each part of a model must be a torch.nn.Module"),
+        ("head", None, "head is 'None', a NoneType"),
+        ("blocks", [lambda x: x], "block 0 is '<function .*, a function"),
+        ("final_norm", RMSNorm, "final_norm is RMSNorm, a class"),
+        ("smear", 1.0, "smear is '1.0', a float"),
+    ],
+)
+def test_a_part_that_is_no_module_is_refused(name: str, part: Any, message: str) -> None:
+    parts: dict[str, Any] = {"embedding": TokenEmbedding(9, 16), "blocks": [nn.Identity()], "head": LMHead(16, 9)}
+    with pytest.raises(ConfigError, match=message):
+        GPT(**{**parts, name: part})
+
+
+@pytest.mark.parametrize("name", ["mlp", "attention", "block"])
+def test_a_factory_that_builds_no_module_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{name}.* 0 is 'None', a NoneType; each part of a model must be"):
+        GPT.from_config(GPTConfig(**TINY), **{name: lambda config, layer: None})
+    with pytest.raises(ConfigError, match=rf"{name} is a SwiGLU itself.*lambda config, layer: SwiGLU\(\.\.\.\)"):
+        GPT.from_config(GPTConfig(**TINY), **{name: SwiGLU(32, 64)})  # type: ignore[arg-type]
+
+
 def test_building_on_meta_and_drawing_later_gives_the_same_weights() -> None:
     torch.manual_seed(5)
     direct = GPT.from_config(GPTConfig(**TINY))

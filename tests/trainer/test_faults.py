@@ -146,6 +146,8 @@ def test_a_rate_that_is_not_a_number_stops_before_the_weights_change() -> None:
     with pytest.raises(ConfigError, match="the schedule of lr gives nan at step 0"):
         next(iter(trainer))
     assert all(torch.equal(a, b) for a, b in zip(trainer.model.parameters(), before, strict=True))
+    with pytest.raises(ConfigError, match=r"the schedule of lr gives -.* at step 0; give 0 or more"):
+        next(iter(make_trainer(schedules={"lr": lambda step: -1.0})))
     with pytest.raises(ConfigError, match=r"the schedule 'lr' is 0.5; give a function of the step"):
         make_trainer(schedules={"lr": 0.5})
 
@@ -451,6 +453,14 @@ def test_resume_needs_an_out_dir_and_takes_one_topic_as_a_string(tmp_path: Path)
     assert make_trainer(tmp_path).resume(accept="schedule") is not None
     with pytest.raises(CheckpointError, match="is a run; its checkpoints are the folders in"):
         make_trainer(tmp_path / "other").load_state(tmp_path)
+
+
+def test_a_saved_model_is_no_checkpoint_and_the_error_says_how_its_weights_are_loaded(tmp_path: Path) -> None:
+    trainer = make_trainer()
+    assert isinstance(trainer.model, GPT)
+    trainer.model.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"is a saved model, .*load the weights alone with GPT\.from_pretrained"):
+        trainer.load_state(tmp_path)
 
 
 def test_other_parts_of_equal_shape_are_not_resumed_or_loaded_unseen(tmp_path: Path) -> None:

@@ -77,7 +77,8 @@ def mark_latest(folder: str | Path) -> None:
     try:
         write_text(folder.parent / LATEST_FILE, folder.name + "\n")
     except OSError as error:
-        raise CheckpointError(f"{folder.parent / LATEST_FILE} could not be written: {error}.") from error
+        path, why = folder.parent / LATEST_FILE, error.strerror or error
+        raise CheckpointError(f"{path} could not be written: {why}.") from error
 
 
 def set_aside(folder: str | Path) -> Path:
@@ -95,7 +96,8 @@ def set_aside(folder: str | Path) -> Path:
     try:
         return folder.rename(free)
     except OSError as error:
-        raise CheckpointError(f"the damaged checkpoint {folder} could not be renamed: {error}.") from error
+        why = error.strerror or error
+        raise CheckpointError(f"the damaged checkpoint {folder} could not be renamed: {why}.") from error
 
 
 def remove_old_checkpoints(
@@ -128,7 +130,8 @@ def remove_old_checkpoints(
                 # Out of sight first: a deletion cut short must not leave something that looks like a checkpoint.
                 remove(folder.rename(folder.with_name(f".{folder.name}.deleted")))
     except OSError as error:
-        raise CheckpointError(f"an old checkpoint in {parent} could not be deleted: {error}.") from error
+        why = error.strerror or error
+        raise CheckpointError(f"an old checkpoint in {parent} could not be deleted: {why}.") from error
 
 
 def _named_like_one(parent: Path) -> list[Path]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tinygpt.checkpoint._plain import StateSnapshot, put_together
 from tinygpt.errors import CheckpointError
-from tinygpt.manifest import check_format, check_manifest, check_tensor_file, read_json
+from tinygpt.manifest import MANIFEST_FILE, check_format, check_manifest, check_tensor_file, read_json
 
 STATE_FILE = "state.json"
 """Everything of a checkpoint that is no tensor."""
@@ -78,6 +78,11 @@ def verify(folder: str | Path, *, hashes: bool = True) -> set[str]:
         raise CheckpointError(f"there is no checkpoint folder {folder}.")
     if (folder / "checkpoints").is_dir():
         raise CheckpointError(f"{folder} is a run; its checkpoints are the folders in {folder / 'checkpoints'}.")
+    if [(folder / name).exists() for name in ("config.json", MANIFEST_FILE, STATE_FILE)] == [True, False, False]:
+        raise CheckpointError(
+            f"{folder} is a saved model, weights without the state of a training; give a checkpoint of a run, or load "
+            "the weights alone with GPT.from_pretrained."
+        )
     names = check_manifest(folder, hashes=hashes)
     if missing := {STATE_FILE, TENSOR_FILE, OPTIMIZER_FILE} - names:
         raise CheckpointError(f"{folder} is not a whole checkpoint: its manifest lacks {', '.join(sorted(missing))}.")

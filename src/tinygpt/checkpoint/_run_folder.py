@@ -62,7 +62,10 @@ class RunLock:
                     f"{self.folder} is in use by {self._holder()}; wait until it ends, or choose another out_dir."
                 ) from None
             except OSError as error:
-                raise ConfigError(f"out_dir={str(self.folder)!r} cannot be written: {error}.") from None
+                raise ConfigError(
+                    f"out_dir={str(self.folder)!r} cannot be written: {error.strerror or error}; choose another "
+                    "out_dir."
+                ) from None
             with contextlib.suppress(OSError):  # only for the message above
                 write_text(self.folder / _HOLDER_FILE, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
         self._depth += 1
@@ -119,4 +122,6 @@ def claim_run_folder(folder: str | Path, identity: Mapping[str, Any]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(dict(identity), indent=1) + "\n")
     except OSError as error:
-        raise CheckpointError(f"the run's folder {folder} cannot be written: {error}.") from None
+        raise CheckpointError(
+            f"the run's folder {folder} cannot be written: {error.strerror or error}; choose another folder."
+        ) from None

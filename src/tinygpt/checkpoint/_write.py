@@ -71,6 +71,7 @@ def save_state(
         if replaced.exists() and not folder.exists():
             replaced.rename(folder)
         if isinstance(error, OSError | SafetensorError):
-            raise CheckpointError(f"the checkpoint {folder} could not be written: {error}.") from error
+            why = getattr(error, "strerror", None) or error
+            raise CheckpointError(f"the checkpoint {folder} could not be written: {why}.") from error
         raise
     return folder

@@ -12,7 +12,7 @@ from tinygpt.errors import ConfigError, TinyGPTError
 _HELP = '''\
 /reset                forget what was said
 /retry                another answer to the last message
-/system [TEXT]        what the model is told before the conversation; - for nothing
+/system [TEXT]        what the model is told before all else; - for nothing
 /temperature [X]      0 takes the most likely token, 1 draws as the model would
 /top-k [N], /top-p [X], /max-new-tokens [N], /seed [N]
                       without a value each shows its own, off leaves it out
@@ -20,7 +20,8 @@ _HELP = '''\
 /load FILE            go on with one
 /quit                 leave, as Ctrl-D does
 Ctrl-C stops an answer. Lines between two lines of """ are one message; with
-"tinygpt[chat]" Esc Enter begins a new line as well. // sends a text that begins with /.'''
+"tinygpt[chat]" Esc Enter begins a new line as well.
+// sends a text that begins with /.'''
 
 _OPTIONS: dict[str, Callable[[str], float]] = {
     "temperature": float,

@@ -120,12 +120,15 @@ class Session:
         """Write the conversation as JSON, in the form of the messages of OpenAI's API.
 
         Raises:
-            DataError: If the file exists.
+            DataError: If the file exists or cannot be written.
         """
         if path.exists():
             raise DataError(f"{path} exists; choose another name.")
         said = [{"role": message.role, "content": message.content} for message in self._with_system(self.messages)]
-        write_text(path, json.dumps({"messages": said}, ensure_ascii=False, indent=1) + "\n")
+        try:
+            write_text(path, json.dumps({"messages": said}, ensure_ascii=False, indent=1) + "\n")
+        except OSError as error:
+            raise DataError(f"{path} cannot be written: {error.strerror or error}; choose another path.") from None
 
     def load(self, path: Path) -> None:
         """Go on with a conversation that `save` wrote.

@@ -28,7 +28,7 @@ from tinygpt.cli import (
     _train,
 )
 from tinygpt.cli._parser import Parser, suggestion
-from tinygpt.cli._words import as_typed, is_out_of_memory, no_memory
+from tinygpt.cli._words import as_sentence, as_typed, is_out_of_memory, no_memory
 from tinygpt.errors import TinyGPTError
 
 # In the order of --help. Each module imports argparse at most; a command imports what it needs when it runs.
@@ -82,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (TinyGPTError, OSError) as error:
         if isinstance(error, BrokenPipeError):
             return _leave_pipe()
-        print(f"error: {_one_line(as_typed(str(error), options))}", file=sys.stderr)
+        print(f"error: {_one_line(as_typed(as_sentence(error), options))}", file=sys.stderr)
         return 2
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):

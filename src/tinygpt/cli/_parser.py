@@ -81,8 +81,10 @@ def typed_path(text: str) -> str:
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
-    """Return a hint at the nearest known name, or nothing."""
-    near = difflib.get_close_matches(name, list(known), n=1)
+    """Return a hint at the known name that begins so, or else the nearest one, or nothing."""
+    known = list(known)
+    longer = [each for each in known if len(name.strip("-")) > 2 and each.startswith(name)]
+    near = longer[:1] or difflib.get_close_matches(name, known, n=1)
     return f"; did you mean {near[0]}?" if near else ""
 
 

@@ -5,6 +5,7 @@ import json
 import re
 
 from tinygpt.cli._recipe import FIELDS, add_recipe_options, recipe_of
+from tinygpt.cli._words import fitted
 
 
 def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -57,4 +58,4 @@ def _run(options: argparse.Namespace) -> None:
         return
     size = None if options.memory is None else _bytes(options.memory)
     plan = recipe.plan(device_name=options.gpu, mfu=options.mfu, memory_bytes=size)
-    print(json.dumps(plan.to_dict(), indent=1) if options.json else plan)
+    print(json.dumps(plan.to_dict(), indent=1) if options.json else fitted(str(plan)))

@@ -57,11 +57,12 @@ def _run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
 
 def _push(options: argparse.Namespace, step: Any) -> None:
     from tinygpt.errors import HubError
-    from tinygpt.hub import check_repo_id
+    from tinygpt.hub import check_repo_id, check_tags
     from tinygpt.publish import choose_checkpoint, files_to_push, pending_pushes, push_model
     from tinygpt.publish._push import check_whole
 
     check_repo_id(options.repo)
+    check_tags([*options.tag, *([] if options.branch is None else [options.branch])])
     model = choose_checkpoint(options.source, step)
     files = {path.name: path.stat().st_size for path in files_to_push(model)}
     total = sum(files.values())

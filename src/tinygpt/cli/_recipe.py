@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tinygpt.cli._parser import suggestion, typed_path, unescaped
-from tinygpt.cli._words import command, ways_on
+from tinygpt.cli._words import command, fitted, ways_on
 from tinygpt.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
@@ -66,7 +66,11 @@ def recipe_of(options: argparse.Namespace) -> "Recipe":
     # What the others are scaled to.
     sizes = {name: int(asked[name]) for name in ("batch_tokens", "num_steps") if asked.get(name, "").isdecimal()}
     base = Recipe.from_depth(options.depth, small=small, tokens_per_parameter=options.tokens_per_parameter, **sizes)
-    return Recipe.from_fields(base.model_dump(exclude_unset=True), overrides=overrides_of(options))
+    overrides = overrides_of(options)
+    if not asked.keys().isdisjoint(("model.head_dim", "model.width_per_layer")):  # which say what a depth makes
+        made = {"model.depth": options.depth, "model.head_dim": base.model.head_dim}
+        overrides |= {name: str(value) for name, value in made.items() if name not in asked}
+    return Recipe.from_fields(base.model_dump(exclude_unset=True), overrides=overrides)
 
 
 def overrides_of(options: argparse.Namespace) -> dict[str, str]:
@@ -105,11 +109,12 @@ def train(recipe: "Recipe", out: Path, options: argparse.Namespace) -> None:
         raise ConfigError(f"--rewarm-steps {options.rewarm_steps} is not a number of steps; choose 1 or more.")
     branch_from = getattr(options, "branch_from", None)
     if branch_from is not None:
-        _check_branch(recipe, Path(branch_from), out)
+        _check_branch(recipe, Path(branch_from), out, rewarm_steps=options.rewarm_steps)
     if options.tracker:
         recipe = recipe.replace(trackers=list(dict.fromkeys([*recipe.trackers, *options.tracker])))
+    _check_length(recipe, out)
     recipe.check(out)
-    print(recipe.plan(), flush=True)
+    print(fitted(str(recipe.plan())), flush=True)
     run = recipe.build(out, progress=not options.quiet)
     try:
         with stopped_runs_go_on_by(command("resume", str(out))):
@@ -129,7 +134,23 @@ def train(recipe: "Recipe", out: Path, options: argparse.Namespace) -> None:
     print(f"checkpoint {latest_checkpoint(out / 'checkpoints')}; next: {command('generate', str(out), '-p', 'The ')}")
 
 
-def _check_branch(recipe: "Recipe", branch_from: Path, out: Path) -> None:
+def _check_length(recipe: "Recipe", out: Path) -> None:
+    """Refuse to go on with a run that is past the steps asked for: nothing would be trained, and nothing taken back."""
+    from tinygpt.checkpoint import checkpoint_step, latest_checkpoint, list_checkpoints
+
+    total, found = recipe.total_steps, list_checkpoints(out / "checkpoints")
+    if not found or checkpoint_step(found[-1]) <= total:
+        return
+    newest = latest_checkpoint(out / "checkpoints")  # of those that are whole
+    if newest is not None and (done := checkpoint_step(newest)) > total:
+        raise ConfigError(
+            f"{out} stands at step {done:,}, past the {total:,} steps asked for, so nothing is left to train; give "
+            f"more by --num-steps, go on as it was by {command('resume', str(out))}, or train a run of {total:,} steps "
+            "with another --out."
+        )
+
+
+def _check_branch(recipe: "Recipe", branch_from: Path, out: Path, *, rewarm_steps: int | None) -> None:
     """Refuse a branch that could not begin, before its folder is made."""
     from tinygpt.checkpoint import list_checkpoints, load_state
 
@@ -142,7 +163,10 @@ def _check_branch(recipe: "Recipe", branch_from: Path, out: Path) -> None:
         logging.getLogger("tinygpt").info("%s has checkpoints of its own and goes on from them, not by --from", out)
         return
     done = int(load_state(branch_from)["next_step"])
-    if done >= recipe.total_steps:
+    left = recipe.total_steps - done
+    if rewarm_steps is not None and rewarm_steps > left > 0:
+        raise ConfigError(f"--rewarm-steps {rewarm_steps} is longer than what is left of the run, {left:,} steps.")
+    if left <= 0:
         raise ConfigError(
             f"{branch_from} stands at step {done:,} and this run ends at {recipe.total_steps:,}, so nothing is left to "
             "train; give more by --num-steps, or an earlier checkpoint."

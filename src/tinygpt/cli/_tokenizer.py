@@ -4,9 +4,13 @@ import argparse
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tinygpt.cli._parser import typed_path
 from tinygpt.cli._source import open_text
+
+if TYPE_CHECKING:
+    from tinygpt.data import DocumentSource
 
 
 def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -51,6 +55,10 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     train.set_defaults(run=_train)
 
 
+# Of training text and of validation text, each.
+_MEASURED_CHARACTERS = 10_000_000
+
+
 def _train(options: argparse.Namespace) -> None:
     from tinygpt.errors import ConfigError
     from tinygpt.tokenizer import tokenizer_report, train_bpe
@@ -63,14 +71,27 @@ def _train(options: argparse.Namespace) -> None:
     sources = [open_text(path, options) for path in options.texts]
     held_out = open_text(options.validation, options, embedded="validation") if options.validation else None
 
+    if held_out is not None:
+        _read_through(options.validation, held_out)
+
     def texts() -> Iterator[str]:
         return (text for source in sources for text, _ in source.read())
 
-    tokenizer = train_bpe(
-        texts(), vocab_size=options.vocab_size, max_characters=options.max_characters, progress=not options.quiet
+    out = Path(options.out)
+    is_new = not out.exists()
+    out.mkdir(parents=True, exist_ok=True)  # before the training, as it may not be possible
+    try:
+        tokenizer = train_bpe(
+            texts(), vocab_size=options.vocab_size, max_characters=options.max_characters, progress=not options.quiet
+        )
+    except BaseException:
+        if is_new:
+            out.rmdir()
+        raise
+    tokenizer.save(out)
+    report = tokenizer_report(
+        tokenizer, texts(), texts() if held_out is None else held_out, max_characters=_MEASURED_CHARACTERS
     )
-    tokenizer.save(options.out)
-    report = tokenizer_report(tokenizer, texts(), texts() if held_out is None else held_out)
     measured = {"train": report.train} if held_out is None else {"train": report.train, "validation": report.validation}
     if options.json:
         figures = {name: {**vars(m), "bytes_per_token": m.bytes_per_token} for name, m in measured.items()}
@@ -83,3 +104,16 @@ def _train(options: argparse.Namespace) -> None:
             f"{options.out}: {tokenizer.vocab_size:,} token ids, {report.train.bytes_per_token:.3f} bytes a token on "
             "its training text"
         )
+
+
+def _read_through(path: str, held_out: "DocumentSource") -> None:
+    """Read what is going to be measured, so that an error in it comes before the training and not after it."""
+    from tinygpt.errors import DataError
+
+    characters = 0
+    for text, _ in held_out.read():
+        characters += len(text)
+        if characters >= _MEASURED_CHARACTERS:
+            break
+    if not characters:
+        raise DataError(f"--validation {path} has documents and no text in them; give documents with text.")

@@ -1,8 +1,12 @@
 """The library's errors in words that can be typed: where it names an argument, a command has an option or a file."""
 
 import argparse
+import os
 import re
 import shlex
+import shutil
+import sys
+import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,6 +34,7 @@ _TYPED = (
     (r"overflow='carry', or cut .* for example", "--DATAoverflow carry, or part documents by --DATAseparator"),
     (r"give separator=('[^']*')", r"give --DATAseparator \1"),
     (r"give the separator between its documents, or raise( the limit)?", "part it by --DATAseparator TEXT"),
+    (r"give one that is, or raise( the limit)?", "give another --DATAseparator"),
     (r"or None for one a core", "or leave it out for one a core"),
     (r"choose a text_key\.", "choose one with --DATAtext-key."),
     (r"validation_fraction=([\d.]+)", r"--DATAheld-out \1"),
@@ -37,12 +42,15 @@ _TYPED = (
         r"(A text file is one document unless a separator parts it\.)",
         r"\1 Give --DATAseparator '\\n\\n' if blank lines part your documents, or --DATAvalidation TEXT.",
     ),
+    (r"(Parted by .* the text has .*\.)", r"\1 Give another --DATAseparator, or --DATAvalidation TEXT."),
+    (r"leave matmul_precision out", "leave --matmul-precision out"),
     # What a program would do next.
     (r", or pass token=\.\.\.\.", "."),
     (r"a tokenizer's save\(\) wrote", "tinygpt tokenizer train wrote"),
     (r"tinygpt\.interop\.huggingface\.from_transformers reads", "tinygpt import reads"),
     (r"load the folder with GPT\.from_pretrained", "the other commands read it as it is"),
     (r", the out_dir of its TrainerConfig", ""),
+    (r", or load the weights alone with GPT\.from_pretrained", ""),
 )
 
 
@@ -118,6 +126,13 @@ def no_memory(error: BaseException, options: argparse.Namespace | None) -> str:
     )
 
 
+def as_sentence(error: Exception) -> str:
+    """Return what an error says; one of the system that names a file without what Python puts around it."""
+    if not isinstance(error, OSError) or error.filename is None or error.strerror is None:
+        return str(error)
+    return f"{os.fsdecode(error.filename)} cannot be read or written: {error.strerror}; choose another path."
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether a GPU or this machine had no memory left; torch has a class of its own for GPUs alone."""
     return (
@@ -125,6 +140,19 @@ def is_out_of_memory(error: BaseException) -> bool:
         or type(error).__name__ == "OutOfMemoryError"
         or "can't allocate memory" in str(error)
     )
+
+
+def fitted(text: str) -> str:
+    """Return text whose lines end between words where the terminal does, the rest under the first; else as it is.
+
+    Labels take the first ten columns.
+    """
+    if not sys.stdout.isatty():
+        return text
+    wrapper = textwrap.TextWrapper(
+        shutil.get_terminal_size().columns, subsequent_indent=" " * 10, break_long_words=False, break_on_hyphens=False
+    )
+    return "\n".join(wrapper.fill(line) if len(line) > wrapper.width else line for line in text.splitlines())
 
 
 def command(*words: str) -> str:

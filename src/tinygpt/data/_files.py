@@ -188,8 +188,8 @@ class TextFiles(LocalFiles):
 
     Raises:
         ConfigError: If `max_document_bytes` is not positive or `on_error` is not known.
-        DataError: If a path does not exist or is listed twice, there is no file, or `separator` is empty; and,
-            unless skipped, if a file is empty.
+        DataError: If a path is empty, does not exist or is listed twice, there is no file, or `separator` is empty;
+            and, unless skipped, if a file is empty.
 
     Example:
         ```python
@@ -228,8 +228,8 @@ class JsonLines(LocalFiles):
 
     Raises:
         ConfigError: If `max_document_bytes` is not positive or `on_error` is not known.
-        DataError: If a path does not exist or is listed twice, or there is no file; and, unless skipped, if a file
-            is empty.
+        DataError: If a path is empty, does not exist or is listed twice, or there is no file; and, unless skipped,
+            if a file is empty.
 
     Example:
         ```python
@@ -255,7 +255,7 @@ class JsonLines(LocalFiles):
 def _find(paths: Paths, suffixes: tuple[str, ...]) -> list[tuple[str, Path]]:
     """Return name and path of every file, sorted; names in a folder are relative to it, so the folder may move."""
     if isinstance(paths, (str, os.PathLike)):
-        root = Path(paths)
+        root = given_path(paths)
         require_path(root)
         if root.is_dir():
             below = [file for file in root.rglob("*") if file.name.lower().endswith(suffixes) and file.is_file()]
@@ -265,7 +265,7 @@ def _find(paths: Paths, suffixes: tuple[str, ...]) -> list[tuple[str, Path]]:
         if not found:
             raise DataError(f"there is no {suffixes[0]} file in {root}.")
     else:
-        found = [(Path(path).name, Path(path)) for path in paths]
+        found = [(path.name, path) for path in map(given_path, paths)]
         if not found:
             raise DataError("there are no files: the list of paths is empty.")
     found.sort(key=lambda item: (item[0], item[1].as_posix()))
@@ -277,6 +277,13 @@ def _find(paths: Paths, suffixes: tuple[str, ...]) -> list[tuple[str, Path]]:
         if path.is_dir():
             raise DataError(f"{path} is a folder; give it alone, or a list of files.")
     return found
+
+
+def given_path(path: str | os.PathLike[str]) -> Path:
+    """Return what was given as a `Path`, which would read an empty string as the current folder."""
+    if path == "":
+        raise DataError("the path is empty; give a file or a folder, '.' for the current one.")
+    return Path(path)
 
 
 def require_path(path: Path) -> None:

@@ -45,6 +45,7 @@ class TextFormat:
     def __init__(self, separator: str | None, max_document_bytes: int) -> None:
         if separator == "":
             raise DataError("separator is empty; give the text between two documents, or None for one a file.")
+        self.separator = separator
         self._separator = None if separator is None else separator.encode("utf-8")
         # What a file of Windows has where a separator of line ends was meant: it would be one document, unnoticed.
         windows = separator.replace("\n", "\r\n") if separator and "\r" not in separator else separator
@@ -59,7 +60,9 @@ class TextFormat:
             start = _skip_to_offset(content, name, place)
             for raw, end in _pieces(content, start, self._separator, self.limit):
                 if raw is None:
-                    hint = "raise" if self._separator else "give the separator between its documents, or raise"
+                    hint = "give the separator between its documents, or raise"
+                    if self.separator is not None:
+                        hint = f"the separator {self.separator!r} is not in it: give one that is, or raise"
                     too_long(faults, name, start, f"at byte {start}", self.limit, hint)
                 elif self._windows_separator and self._windows_separator in raw:
                     separator = self._windows_separator.decode("utf-8")

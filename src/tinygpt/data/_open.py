@@ -1,11 +1,10 @@
 """One function that opens whatever holds text."""
 
 import os
-from pathlib import Path
 
 from tinygpt.data._documents import DocumentSource
 from tinygpt.data._faults import OnError
-from tinygpt.data._files import JsonLines, TextFiles, require_path
+from tinygpt.data._files import JsonLines, TextFiles, given_path, require_path
 from tinygpt.data._formats import MAX_DOCUMENT_BYTES, with_compression
 from tinygpt.data._hub_files import HUB_SCHEME, HubFiles
 from tinygpt.data._parquet import ParquetFiles
@@ -34,8 +33,8 @@ def open_source(
             `skipped`, and warns once for each kind of fault.
 
     Raises:
-        DataError: If the path does not exist, is of another kind, or is a folder with several kinds or none; and for
-            the reasons of the source it opens.
+        DataError: If the path is empty, does not exist, is of another kind, or is a folder with several kinds or none;
+            and for the reasons of the source it opens.
         HubError: If a dataset cannot be listed.
 
     Example:
@@ -59,7 +58,7 @@ def open_source(
         raise DataError(
             f"{path} is an address; give a file or a folder, downloaded first, or hf://datasets/USER/NAME/PATTERN."
         )
-    path = Path(path)
+    path = given_path(path)
     require_path(path)
     candidates = path.rglob("*") if path.is_dir() else [path]
     names = {file.name.lower() for file in candidates if file.is_file()}

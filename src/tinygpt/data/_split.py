@@ -54,8 +54,7 @@ def hash_split(
             source,
             partial(_falls_to, side, validation_fraction, seed),
             ["hash split", 1, side, validation_fraction, seed],
-            f"no document falls to {side} at validation_fraction={validation_fraction}; "
-            "give more documents or another fraction. A text file is one document unless a separator parts it.",
+            partial(_nothing_falls_to, side, validation_fraction, _separators(source)),
         )
         for side in ("training", "validation")
     )
@@ -88,7 +87,7 @@ def hold_out(source: DocumentSource, validation: DocumentSource) -> DocumentSour
         source,
         partial(_is_not_in, held_out),
         ["hold out", 1, digest.hexdigest()],
-        "every document of the source is also in the validation source; give other text to train on.",
+        _nothing_is_left,
     )
 
 
@@ -100,7 +99,7 @@ class _Selection:
         source: DocumentSource,
         takes: Callable[[str], bool],
         identity: Sequence[str | int | float],
-        if_empty: str,
+        if_empty: Callable[[int], str],
     ) -> None:
         self._source = source
         self._takes = takes
@@ -118,13 +117,13 @@ class _Selection:
         Raises:
             DataError: If there is none, or the source cannot be read.
         """
-        found = cursor is not None
-        for text, place in self._source.read(cursor):
+        found, count = cursor is not None, 0
+        for count, (text, place) in enumerate(self._source.read(cursor), start=1):  # noqa: B007
             if self._takes(text):
                 found = True
                 yield text, place
         if not found:
-            raise DataError(self._if_empty)
+            raise DataError(self._if_empty(count))
 
     def fingerprint(self) -> str:
         """Return a SHA-256 hex digest of the source and of what decides the selection."""
@@ -133,6 +132,28 @@ class _Selection:
 
 def _falls_to(side: str, validation_fraction: float, seed: int, text: str) -> bool:
     return (_hash(text, seed) < validation_fraction * _HASH_VALUES) == (side == "validation")
+
+
+def _nothing_falls_to(side: str, validation_fraction: float, separators: Sequence[str], count: int) -> str:
+    hint = "A text file is one document unless a separator parts it."
+    if separators:
+        given = " or ".join(map(repr, separators))
+        hint = f"Parted by {given} the text has {count:,} document{'s' if count != 1 else ''}."
+    return (
+        f"no document falls to {side} at validation_fraction={validation_fraction}; "
+        f"give more documents or another fraction. {hint}"
+    )
+
+
+def _nothing_is_left(count: int) -> str:
+    return "every document of the source is also in the validation source; give other text to train on."
+
+
+def _separators(source: object) -> list[str]:
+    """Return what parts the documents of the text files of a source; nothing if each is a document."""
+    parts = list(getattr(source, "_sources", {"": source}).values())  # of a mixture
+    found = [getattr(getattr(part, "_format", None), "separator", None) for part in parts]
+    return sorted({separator for separator in found if separator is not None})
 
 
 def _is_not_in(hashes: frozenset[int], text: str) -> bool:

@@ -43,8 +43,8 @@ def causal_attention(
         `(batch, heads, q_seq, head_dim)`.
 
     Raises:
-        ConfigError: If a tensor has not four axes, there are more queries than keys, heads are no multiple of kv_heads,
-            or the window is negative.
+        ConfigError: If a tensor has not four axes, dtypes differ, there are more queries than keys, heads are no
+            multiple of kv_heads, or the window is negative.
 
     References:
         Vaswani et al., [Attention Is All You Need](https://arxiv.org/abs/1706.03762), 2017; grouped heads from Ainslie
@@ -54,6 +54,10 @@ def causal_attention(
     if not q.ndim == k.ndim == v.ndim == 4:
         shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
         raise ConfigError(f"causal_attention takes (batch, heads, seq, head_dim) three times, got {shapes}.")
+    # An autocast around gives them one dtype.
+    if not q.dtype == k.dtype == v.dtype and not computed_dtype(q) == computed_dtype(k) == computed_dtype(v):
+        dtypes = ", ".join(str(x.dtype).removeprefix("torch.") for x in (q, k, v))
+        raise ConfigError(f"causal_attention takes queries, keys and values of one dtype, got {dtypes}; convert them.")
     heads, kv_heads, q_seq, seq = q.shape[1], k.shape[1], q.shape[2], k.shape[2]
     if v.shape[:3] != k.shape[:3]:
         raise ConfigError(f"causal_attention got keys {tuple(k.shape)} and values {tuple(v.shape)}, which do not fit.")

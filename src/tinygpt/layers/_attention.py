@@ -170,7 +170,7 @@ class CausalSelfAttention(nn.Module):
 
 
 def _plus_rows(v: Tensor, gate: Tensor, table: nn.Embedding, token_ids: Tensor) -> Tensor:
-    """Return `v` plus the gate `(batch, heads, seq, 1)` times the rows of these tokens, `(batch, heads, seq, head_dim)`.
+    """Return `v` `(batch, heads, seq, head_dim)` plus the gate `(batch, heads, seq, 1)` times the rows of these tokens.
 
     The rows are looked up again for the backward pass instead of kept, but where looking up may do something else too.
     """

@@ -94,48 +94,50 @@ class Block(nn.Module):
             ConfigError: If `x0` is needed and missing.
         """
         ours = self._mixes_and_norms(x)
-        x, normed, again = self._enter(x, x0, ours)
+        x, normed, again = self._enter(x, x0, at_once=ours)
         with again:
             x = _plus(x, self.attention(normed, token_ids=token_ids, cache=cache), in_place=ours)
-        norm, again = self.mlp_norm, nullcontext()
+        norm = self.mlp_norm
         normed = norm(x)
-        plain = is_plain(norm, RMSNorm)
-        if plain and norm.weight is not None and torch.is_grad_enabled():
-            source = x.detach()
-            again = norm_made_again(normed, lambda: source, of=[source], weight=norm.weight, eps=norm.eps)
+        # A plain norm without a weight keeps its result alone. With one it keeps what it was given, and others may too.
+        weight = norm.weight if is_plain(norm, RMSNorm) else None
+        ours = ours and weight is None and is_plain(norm, RMSNorm)
         if self.recompute_mlp and torch.is_grad_enabled():
             # It stops as soon as it has what was not kept, so the last product in `mlp` is not repeated.
             added = checkpoint(with_its_parameters(self.mlp), normed, use_reentrant=False)
-        else:
-            with again:
+        elif weight is not None and may_be_made_again(x):
+            source = x.detach()
+            with norm_made_again(normed, lambda: source, of=[source, weight], weight=weight, eps=norm.eps):
                 added = self.mlp(normed)
-        # A plain norm with a weight keeps what it was given, and any other may do so.
-        return _plus(x, added, in_place=ours and plain and norm.weight is None)
+        else:
+            added = self.mlp(normed)
+        return _plus(x, added, in_place=ours)
 
     def _mixes_and_norms(self, x: Tensor) -> bool:
         """Return whether stream and norm come from one function, so that nobody else knows that stream.
 
-        Without a factor the stream would not be kept anyway.
+        Without a factor the stream before is not kept anyway.
         """
         norm = self.attention_norm
         fit = is_plain(norm, RMSNorm) and norm.weight is None and self.residual_scale is not None
         return fit and norms_by_itself(x)
 
     def _enter(
-        self, x: Tensor, x0: Tensor | None, at_once: bool
+        self, x: Tensor, x0: Tensor | None, *, at_once: bool
     ) -> tuple[Tensor, Tensor, AbstractContextManager[object]]:
         """Return the stream with its share of `x0`, its norm, and the context in which the norm is read."""
         norm, scales = self.attention_norm, (self.residual_scale, self.x0_scale)
-        if not at_once and not (is_plain(norm, RMSNorm) and norm.weight is not None and may_be_made_again(x)):
+        if not at_once and (not is_plain(norm, RMSNorm) or norm.weight is None or not may_be_made_again(x)):
             x = _mix(x, x0, *scales)
             return x, norm(x), nullcontext()
-        mix = partial(_mix, x.detach(), x0, *scales)
-        of = [each for each in (x.detach(), x0, *scales) if each is not None]
+        before = x.detach()
+        mix = partial(_mix, before, x0, *scales)
+        of = [each for each in (before, x0, *scales, norm.weight) if each is not None]
         if at_once:
             x, normed = _MixAndNorm.apply(x, x0, *scales, norm.eps)  # type: ignore[no-untyped-call]
         else:
             x = _mix(x, x0, *scales)
-            with made_again(x, mix, of=[*of, norm.weight]):
+            with made_again(x, mix, of=of):
                 normed = norm(x)
         return x, normed, norm_made_again(normed, mix, of=of, weight=norm.weight, eps=norm.eps)
 

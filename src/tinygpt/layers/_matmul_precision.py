@@ -68,9 +68,16 @@ def set_matmul_precision(model: nn.Module, precision: MatmulPrecision | None) ->
     }
     if precision is not None:
         if not layers:
-            raise ConfigError(f"{type(model).__name__} has no Linear of tinygpt.layers that is at least 32 wide.")
+            raise ConfigError(
+                f"{type(model).__name__} has no Linear of tinygpt.layers that is at least {_SMALLEST_WIDTH} wide, as "
+                f"{precision} products need; take a wider model, or leave matmul_precision out."
+            )
         if odd := [f"{name} {tuple(m.weight.shape)}" for name, m in layers.items() if any(_remainders(m))]:
-            raise ConfigError(f"{precision} products need widths that are multiples of 16, unlike {', '.join(odd)}.")
+            more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
+            raise ConfigError(
+                f"{precision} products need widths that are multiples of {_MULTIPLE}, unlike {', '.join(odd[:3])}{more}"
+                "; take another width, or leave matmul_precision out."
+            )
         for device in {module.weight.device for module in layers.values()}:
             if (problem := _problem(precision, device)) is not None:
                 raise ConfigError(f"{precision} products do not work on {device}: {problem}")

@@ -95,20 +95,17 @@ def may_be_made_again(x: Tensor) -> bool:
 
 
 def norm_made_again(
-    normed: Tensor,
-    make: Callable[[], Tensor],
-    *,
-    of: Sequence[Tensor],
-    weight: Tensor | None = None,
-    eps: float | None = None,
+    normed: Tensor, make: Callable[[], Tensor], *, of: Sequence[Tensor], weight: Tensor | None, eps: float | None
 ) -> AbstractContextManager[object]:
-    """Return a context in which the result of a norm is not kept: `made_again`, where `make` makes the norm's input."""
-    if normed.dtype != of[0].dtype or not may_be_made_again(normed):  # of another dtype in an autocast, over by then
+    """Return a context in which the result of a norm is not kept, if that pays.
+
+    As `made_again`, where `make` makes the norm's input, and the weight is among what it is made of.
+    """
+    if normed.dtype != of[0].dtype or not may_be_made_again(normed):  # of another in an autocast, which is over by then
         return nullcontext()
-    of = [*of] if weight is None else [*of, weight]
-    return made_again(
-        normed, lambda: normalized(make(), eps)[0] if weight is None else _norm(make(), weight, eps), of=of
-    )
+    if weight is None:
+        return made_again(normed, lambda: normalized(make(), eps)[0], of=of)
+    return made_again(normed, lambda: _norm(make(), weight, eps), of=of)
 
 
 def normalized(x: Tensor, eps: float | None, *, in_place: bool = False) -> tuple[Tensor, Tensor]:
@@ -123,7 +120,7 @@ def normalized(x: Tensor, eps: float | None, *, in_place: bool = False) -> tuple
         factor = square.mean(dim=-1, keepdim=True).add_(eps).rsqrt_()
         return torch.mul(x, factor, out=square), factor
     factors = []
-    for part in x.split(-(-x.shape[-2] // 8), dim=-2):
+    for part in x.chunk(8, dim=-2):
         factors.append(part.square().mean(dim=-1, keepdim=True).add_(eps).rsqrt_())
         part.mul_(factors[-1])
     return x, torch.cat(factors, dim=-2)

@@ -39,7 +39,8 @@ def write_model(folder: Path, config: GPTConfig, blocks: list[str], weights: dic
     try:
         _write_model(folder, config, blocks, weights)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"the model could not be written into {folder}: {error}.") from error
+        why = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"the model could not be written into {folder}: {why}.") from error
 
 
 def _write_model(folder: Path, config: GPTConfig, blocks: list[str], weights: dict[str, Tensor]) -> None:

@@ -15,7 +15,15 @@ from tinygpt.model._checkpointing import ActivationCheckpointing, let_mlps_recom
 from tinygpt.model._config import GPTConfig
 from tinygpt.model._counts import ParameterCounts
 from tinygpt.model._losses import IGNORED, plain_token_losses
-from tinygpt.model._parts import PartFactory, StandardAttention, standard_block, standard_mlp, standard_norm
+from tinygpt.model._parts import (
+    PartFactory,
+    StandardAttention,
+    check_factory,
+    check_part,
+    standard_block,
+    standard_mlp,
+    standard_norm,
+)
 from tinygpt.model._pretrained import PretrainedFiles
 
 
@@ -38,7 +46,7 @@ class GPT(PretrainedFiles):
         max_seq_len: Longest sequence the parts take, used by `new_cache`; `None` takes it from the config.
 
     Raises:
-        ConfigError: If there are no blocks.
+        ConfigError: If there are no blocks, or a part is no module.
 
     Example:
         ```python
@@ -64,8 +72,14 @@ class GPT(PretrainedFiles):
         max_seq_len: int | None = None,
     ) -> None:
         super().__init__()
+        blocks = list(blocks)
         if not blocks:
             raise ConfigError("GPT needs at least one block.")
+        optional = {"embedding_norm": embedding_norm, "smear": smear, "backout": backout, "final_norm": final_norm}
+        parts: dict[str, object] = {name: part for name, part in optional.items() if part is not None}
+        parts |= {"embedding": embedding, "head": head} | {f"block {i}": block for i, block in enumerate(blocks)}
+        for name, part in parts.items():
+            check_part(name, part)
         self.config = config
         self.max_seq_len = config.max_seq_len if max_seq_len is None and config is not None else max_seq_len
         self.compute_dtype: torch.dtype | None = None
@@ -96,7 +110,8 @@ class GPT(PretrainedFiles):
             block: Builds the whole of block `i`: `f(x, *, x0, token_ids, cache=None) -> x`; not together with the two.
 
         Raises:
-            ConfigError: If `block` is given together with `mlp` or `attention`, or one of them cannot be called.
+            ConfigError: If `block` is given together with `mlp` or `attention`, or one of them cannot be called, is a
+                module itself or returns something else.
 
         Example:
             ```python
@@ -112,8 +127,7 @@ class GPT(PretrainedFiles):
         if block is not None and (mlp is not None or attention is not None):
             raise ConfigError("give either block, which builds the whole block, or mlp and attention, not both.")
         for name, factory in (("mlp", mlp), ("attention", attention), ("block", block)):
-            if factory is not None and not callable(factory):
-                raise ConfigError(f"{name}={factory!r} builds no part; give a function of (config, layer), or None.")
+            check_factory(name, factory)
         # Parts are made in the order in which init_weights visits them, so both draw the same weights from one seed.
         embedding = TokenEmbedding(config.padded_vocab_size, config.dim)
         smear = Smear(config.dim, gate_channels=min(24, config.dim)) if config.smear else None
@@ -123,7 +137,10 @@ class GPT(PretrainedFiles):
         def make_block(config: GPTConfig, layer: int) -> nn.Module:
             if block is not None:
                 return block(config, layer)
-            return standard_block(config, layer, make_attention(config, layer), make_mlp(config, layer))
+            parts = {"attention": make_attention(config, layer), "mlp": make_mlp(config, layer)}
+            for name, part in parts.items():
+                check_part(f"{name} of layer {layer}", part)
+            return standard_block(config, layer, **parts)
 
         return cls(
             embedding=embedding,
@@ -293,8 +310,9 @@ class GPT(PretrainedFiles):
         """Set what the backward pass computes again instead of keeping it from the forward pass.
 
         Loss and gradients stay the same. `"mlp"` drops the hidden layer of each feed-forward layer, the largest thing
-        that is kept, for one more product of three in it. `"block"` drops everything but the input of each block, for a second forward pass. After `torch.func.functional_call`, which takes its
-        parameters away again, both end the backward pass with an error.
+        that is kept, for one more product of three in it. `"block"` drops everything but the input of each block, for a
+        second forward pass. After `torch.func.functional_call`, which takes its parameters away again, both end the
+        backward pass with an error.
 
         Args:
             what: `"none"`, `"mlp"` or `"block"`.

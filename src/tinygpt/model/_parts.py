@@ -4,11 +4,40 @@ from collections.abc import Callable
 
 from torch import nn
 
+from tinygpt.errors import ConfigError
 from tinygpt.layers import Block, CausalSelfAttention, ReluSquaredMLP, RMSNorm, RotaryEmbedding, ValueEmbedding
 from tinygpt.model._config import GPTConfig
 
 PartFactory = Callable[[GPTConfig, int], nn.Module]
 """Builds one part of one layer from the config and the index of the layer, counted from 0."""
+
+
+def check_part(name: str, part: object) -> None:
+    """Refuse a part that is no module.
+
+    Raises:
+        ConfigError: If it is none.
+    """
+    if isinstance(part, nn.Module):
+        return
+    shown = f"{part.__name__}, a class" if isinstance(part, type) else f"{str(part)[:40]!r}, a {type(part).__name__}"
+    raise ConfigError(f"{name} is {shown}; each part of a model must be a torch.nn.Module.")
+
+
+def check_factory(name: str, factory: object) -> None:
+    """Refuse a factory that builds nothing; `None` stands for the standard one.
+
+    Raises:
+        ConfigError: If it is a part itself, or cannot be called.
+    """
+    if isinstance(factory, nn.Module):
+        kind = type(factory).__name__
+        raise ConfigError(
+            f"{name} is a {kind} itself, and each layer needs one of its own; give a function that builds it, "
+            f"such as lambda config, layer: {kind}(...)."
+        )
+    if factory is not None and not callable(factory):
+        raise ConfigError(f"{name}={factory!r} builds no part; give a function of (config, layer), or None.")
 
 
 def standard_mlp(config: GPTConfig, layer: int) -> nn.Module:

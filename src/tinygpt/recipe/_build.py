@@ -15,7 +15,7 @@ from tinygpt.errors import ConfigError
 from tinygpt.evals import evaluate_bpb
 from tinygpt.generate import stream_text
 from tinygpt.hub import check_repo_id
-from tinygpt.layers import LMHead
+from tinygpt.layers import Linear, LMHead, MatmulPrecision, set_matmul_precision
 from tinygpt.metrics import StepMetrics
 from tinygpt.model import GPT
 from tinygpt.optim import MuonAdamW, Rule, nanochat_rules, param_groups
@@ -157,6 +157,8 @@ def check_inputs(recipe: "Recipe", out_dir: Path) -> None:
 
         check_repo_id(recipe.push.repo)
         check_license(recipe.push.license)
+    if recipe.matmul_precision is not None:
+        _check_products(recipe, recipe.matmul_precision)
     for name in recipe.trackers:
         check_tracker(name, out_dir.resolve().name)
     data = recipe.data
@@ -170,6 +172,13 @@ def check_inputs(recipe: "Recipe", out_dir: Path) -> None:
     for documents in (source, measured):
         if documents is not None and not isinstance(documents, TokenShards | ValidationSet):
             next(iter(documents.read()))
+
+
+def _check_products(recipe: "Recipe", precision: MatmulPrecision) -> None:
+    """Refuse products that the model's widths or the device do not allow; a single layer is tried on the device."""
+    with torch.device("meta"):
+        set_matmul_precision(GPT.from_config(recipe.model), precision)
+    set_matmul_precision(Linear(32, 32).to(resolve_device(recipe.device)), precision)
 
 
 def _settle(

@@ -66,7 +66,7 @@ def write_recipe(path: Path, text: str) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, text)
     except OSError as error:
-        raise ConfigError(f"the recipe cannot be written to {path}: {error}.") from None
+        raise ConfigError(f"the recipe cannot be written to {path}: {error.strerror or error}.") from None
     return path
 
 

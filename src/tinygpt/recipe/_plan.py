@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 # Of a GPU's memory, the larger of the two: about 400 MiB for the CUDA context and its kernels, the rest for a desktop
 # and what the allocator cannot put together again. A guess on the safe side.
 _RESERVE, _RESERVED_SHARE = 2**30, 0.05
+# Of a micro-batch. For so many the documented model would take 200 GiB, and a plan minutes.
+_MOST_TOKENS = 2**20
 
 
 @dataclass(frozen=True)
@@ -82,8 +84,8 @@ class RunPlan:
         parts = ", ".join(f"{part} {size / 2**20:,.0f}" for part, size in self.memory_bytes.items())
         lines = [
             f"model     {self.num_parameters:,} parameters: {roles}",
-            f"tokens    {self.tokens:,} in {self.num_steps:,} steps, {self.tokens / self.num_parameters:.1f} for each "
-            "parameter",
+            f"tokens    {self.tokens:,} in {self.num_steps:,} steps, {_ratio(self.tokens / self.num_parameters)} for "
+            "each parameter",
             f"memory    about {sum(self.memory_bytes.values()) / 2**20:,.0f} MiB in {self.precision}: {parts}",
             *self._advice_lines(),
             f"compute   {self.flops:.3g} FLOPs, {self.flops_per_token:.3g} a token",
@@ -150,8 +152,20 @@ def plan_run(recipe: "Recipe", *, device_name: str | None, mfu: float, memory_by
         device_name = gpu_name(device)
     with torch.device("meta"):
         model, optimizer = make_model(recipe.replace(precision=precision), torch.device("meta"))
-    split = recipe.micro_batch_rows
-    micro_batch = min(split, recipe.data.rows) if isinstance(split, int) else recipe.data.rows
+    # Before memory is measured, which takes longer the more tokens there are: it refuses what does not fit together.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that this device is slow; it is none
+        trainer = Trainer(
+            model,
+            optimizer,
+            _NoData(recipe.data.rows, recipe.seq_len),
+            # "auto" leaves the model in the precision that it was made in.
+            trainer_config(recipe, None).replace(
+                precision="auto", matmul_precision=None, compile=False, micro_batch_rows=None
+            ),
+            phases=[make_phase(recipe, phase, None) for phase in run_phases(recipe)],
+        )
+    micro_batch = _micro_batch(recipe)
     most_tokens = max(phase.batch_tokens or recipe.step_tokens for phase in run_phases(recipe))
     memory = training_memory(
         model,
@@ -173,18 +187,6 @@ def plan_run(recipe: "Recipe", *, device_name: str | None, mfu: float, memory_by
             seq_len=recipe.seq_len,
             accumulate=True if most_tokens > recipe.data.rows * recipe.seq_len else None,
             device_type=kind,
-        )
-    config = trainer_config(recipe, None).replace(
-        precision="float32", matmul_precision=None, compile=False, micro_batch_rows=None
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that this device is slow; it is none
-        trainer = Trainer(
-            model,
-            optimizer,
-            _NoData(recipe.data.rows, recipe.seq_len),
-            config,
-            phases=[make_phase(recipe, phase, None) for phase in run_phases(recipe)],
         )
     phases = _phases(recipe, trainer)
     tokens = sum(phase["step_tokens"] * phase["steps"] for phase in phases)
@@ -226,6 +228,23 @@ def _phases(recipe: "Recipe", trainer: Trainer) -> list[dict[str, Any]]:
     return phases
 
 
+def _micro_batch(recipe: "Recipe") -> int:
+    """Return the rows that are computed at a time.
+
+    Raises:
+        ConfigError: If they have more tokens than are planned for.
+    """
+    split, rows = recipe.micro_batch_rows, recipe.data.rows
+    at_a_time = min(split, rows) if isinstance(split, int) else rows
+    if at_a_time * recipe.seq_len > _MOST_TOKENS:
+        name = "micro_batch_rows" if isinstance(split, int) and split < rows else "data.rows"
+        raise ConfigError(
+            f"{name}={at_a_time} of {recipe.seq_len} tokens are {at_a_time * recipe.seq_len:,} at a time, and no more "
+            f"than {_MOST_TOKENS:,} are planned for; choose {max(1, _MOST_TOKENS // recipe.seq_len):,} rows or fewer."
+        )
+    return at_a_time
+
+
 def _refuse_unknown(device_name: str, precision: str) -> None:
     if hardware.peak_flops(device_name, precision) is not None:
         return
@@ -234,6 +253,11 @@ def _refuse_unknown(device_name: str, precision: str) -> None:
     raise ConfigError(
         f"the peak of {device_name!r} in {precision} is not known; give a name as torch has it, such as {names}."
     )
+
+
+def _ratio(value: float) -> str:
+    """Return a number with one place behind the point, a small one with two that count."""
+    return f"{value:.1f}" if value >= 0.1 else f"{value:.2g}"
 
 
 def _duration(seconds: float) -> str:

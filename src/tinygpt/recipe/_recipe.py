@@ -331,7 +331,8 @@ class Recipe(Config):
             memory_bytes: Choose for this much memory instead.
 
         Raises:
-            ConfigError: If settings do not fit together, the device is not known or a number is out of range.
+            ConfigError: If settings do not fit together, the device is not known, a number is out of range, or a
+                micro-batch has more than 1,048,576 tokens.
             DataError: If the tokenizer's folder or the token shards cannot be read.
         """
         from tinygpt.recipe._plan import plan_run
@@ -345,8 +346,8 @@ class Recipe(Config):
             out_dir: The run's folder; what a run keeps there is not looked for elsewhere.
 
         Raises:
-            ConfigError: If a mixture has token shards, the folder's name is none that a tracker takes, or the license
-                to push with is no identifier.
+            ConfigError: If a mixture has token shards, the folder's name is none that a tracker takes, the license to
+                push with is no identifier, or model or device cannot do with `matmul_precision`.
             HubError: If the repository to push to has no name of one.
             DataError: If a source cannot be opened, its first document not be read, or there is none to measure on.
             MissingDependencyError: If a tracker's package is not installed.

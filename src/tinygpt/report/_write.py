@@ -202,4 +202,5 @@ class ReportFolder:
         self.pictures.append(path)
 
     def _refusal(self, error: OSError) -> ConfigError:
-        return ConfigError(f"the report cannot be written to {self.folder}: {error}; choose another folder with out.")
+        why = error.strerror or error
+        return ConfigError(f"the report cannot be written to {self.folder}: {why}; choose another folder with out.")

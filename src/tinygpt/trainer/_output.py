@@ -30,7 +30,9 @@ def open_output(trainer: "Trainer", out_dir: str | Path) -> MetricsFile:
     try:
         output = MetricsFile(Path(out_dir) / "metrics.jsonl", next_step=trainer.next_step)
     except OSError as error:
-        raise ConfigError(f"out_dir={str(out_dir)!r} cannot be written: {error}.") from None
+        raise ConfigError(
+            f"out_dir={str(out_dir)!r} cannot be written: {error.strerror or error}; choose another out_dir."
+        ) from None
     output.write("run", trainer.next_step - 1, **_record(trainer))
     return output
 

@@ -91,7 +91,7 @@ class Rates:
         """Set what is scheduled to its value at this step and return the lead group.
 
         Raises:
-            ConfigError: If a schedule gives something that is not a finite number.
+            ConfigError: If a schedule gives something that is not a finite number, or a negative rate.
         """
         phase = self._phase_at(step)
         for index, group in enumerate(self._groups):
@@ -99,6 +99,8 @@ class Rates:
             for option, value in values.items():
                 if not math.isfinite(value):
                     raise ConfigError(f"the schedule of {option} gives {value} at step {step}; it must be finite.")
+                if value < 0 and option in REWARMED:
+                    raise ConfigError(f"the schedule of {option} gives {value} at step {step}; give 0 or more.")
             group.update(values)
         return self._groups[self.lead]
 

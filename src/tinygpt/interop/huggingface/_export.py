@@ -118,7 +118,8 @@ def export(
             with contextlib.suppress(OSError):
                 out.rmdir()  # which fails if something is in it
         if isinstance(error, OSError | SafetensorError):
-            raise CheckpointError(f"the export could not be written into {out}: {error}.") from error
+            why = getattr(error, "strerror", None) or error
+            raise CheckpointError(f"the export could not be written into {out}: {why}.") from error
         raise
     return found
 
