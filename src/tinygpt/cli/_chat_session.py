@@ -128,7 +128,7 @@ class Session:
         try:
             write_text(path, json.dumps({"messages": said}, ensure_ascii=False, indent=1) + "\n")
         except OSError as error:
-            raise DataError(f"{path} cannot be written: {error.strerror or error}; choose another path.") from None
+            raise DataError(f"{path} cannot be written: {error.strerror or error}; choose another name.") from None
 
     def load(self, path: Path) -> None:
         """Go on with a conversation that `save` wrote.

@@ -13,6 +13,7 @@ from tinygpt.layers._attend import causal_attention
 from tinygpt.layers._kept import is_hooked, made_again, others_choose_what_is_kept, takes_own_backward
 from tinygpt.layers._kv_cache import LayerCache
 from tinygpt.layers._linear import Linear
+from tinygpt.layers._memory import plus_product
 from tinygpt.layers._norm import rms_norm, rms_norm_
 from tinygpt.layers._rotary import RotaryEmbedding
 from tinygpt.layers._row_table import RowTable
@@ -184,10 +185,10 @@ def _plus_rows(v: Tensor, gate: Tensor, table: nn.Embedding, token_ids: Tensor) 
     # A parametrized weight is no parameter, but computed whenever it is asked for.
     looks_up = own in (nn.Embedding.forward, RowTable.forward) and "weight" in table._parameters
     if not looks_up or hooked or table.max_norm is not None or not takes_own_backward() or others_choose_what_is_kept():
-        return torch.addcmul(v, gate, rows)
+        return plus_product(v, gate, rows)
     weight = table.weight
     with made_again(rows, lambda: split(F.embedding(token_ids, weight)), of=[weight, token_ids]):
-        return torch.addcmul(v, gate, rows)
+        return plus_product(v, gate, rows)
 
 
 def check_heads(dim: int, num_heads: int, num_kv_heads: int) -> None:

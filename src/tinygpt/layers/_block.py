@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from tinygpt.errors import ConfigError
 from tinygpt.layers._kept import computes_plainly, is_plain, made_again, with_its_parameters
 from tinygpt.layers._kv_cache import LayerCache
+from tinygpt.layers._memory import plus_product
 from tinygpt.layers._norm import (
     RMSNorm,
     may_be_made_again,
@@ -149,7 +150,7 @@ def _mix(x: Tensor, x0: Tensor | None, residual_scale: Tensor | None, x0_scale: 
     if x0 is None:
         raise ConfigError("this Block has an x0_scale: call it with x0=(batch, seq, dim), the embedded input.")
     in_place = scaled is not x and not torch.is_grad_enabled()
-    return (scaled.addcmul_ if in_place else scaled.addcmul)(x0, x0_scale.to(x.dtype))
+    return plus_product(scaled, x0_scale.to(x.dtype), x0, in_place=in_place)
 
 
 def _plus(x: Tensor, added: Tensor, *, in_place: bool) -> Tensor:

@@ -72,18 +72,6 @@ def _are_ours(hooks: tuple[Any, Any] | None) -> bool:
     return hooks is not None and getattr(hooks[0], "__module__", None) == __name__
 
 
-def empty_with_room(like: Tensor) -> Tensor:
-    """Return memory for a result of this shape and dtype, on a CPU with a little to spare.
-
-    Before glibc 2.38 an aligned block never fits into the place of a freed one of the same size, and next to what is
-    kept for the backward pass each such place stays a hole.
-    """
-    if like.device.type != "cpu" or not like.is_contiguous():
-        return torch.empty_like(like)
-    # Made smaller, and not a part of it: autograd lets nobody change a view that a function returns.
-    return like.new_empty(like.numel() + _ROOM // like.element_size()).resize_(like.shape)
-
-
 def made_again(result: Tensor, make: Callable[[], Tensor], *, of: Sequence[Tensor] = ()) -> saved_tensors_hooks:
     """Return a context in which whoever keeps `result` for the backward pass makes it again there instead.
 
@@ -149,7 +137,6 @@ def with_its_parameters(module: nn.Module, function: Callable[..., Any] | None =
     return repeatable
 
 
-_ROOM = 1024  # bytes
 _OUTER = object()
 _REPLACED = (
     "the backward pass computes a layer again, which no longer has the parameters of the forward pass; for "

@@ -8,7 +8,6 @@ from torch.nn import functional as F
 
 from tinygpt.layers._kept import (
     computes_plainly,
-    empty_with_room,
     graph_stays,
     is_plain,
     made_again,
@@ -16,6 +15,7 @@ from tinygpt.layers._kept import (
     takes_own_backward,
 )
 from tinygpt.layers._linear import Linear, uniform_with_std_
+from tinygpt.layers._memory import empty_with_room
 
 
 class ReluSquaredMLP(nn.Module):

@@ -12,11 +12,11 @@ from tinygpt._numbers import check_real, check_whole, given
 from tinygpt.errors import ConfigError
 from tinygpt.layers._kept import (
     computes_plainly,
-    empty_with_room,
     made_again,
     others_choose_what_is_kept,
     takes_own_backward,
 )
+from tinygpt.layers._memory import empty_with_room
 
 _LARGE = 2**20  # bytes; what is smaller is sooner kept than looked at
 
