@@ -154,7 +154,7 @@ def _mix(x: Tensor, x0: Tensor | None, residual_scale: Tensor | None, x0_scale: 
 
 
 def _plus(x: Tensor, added: Tensor, *, in_place: bool) -> Tensor:
-    return x.add_(added) if in_place else x + added
+    return x.add_(added) if in_place and added.dtype == x.dtype else x + added
 
 
 class _MixAndNorm(torch.autograd.Function):
@@ -174,7 +174,7 @@ class _MixAndNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, grad_normed: Tensor) -> tuple[Tensor | None, ...]:
         x, x0, residual_scale, x0_scale, factor = ctx.saved_tensors
         mixed = _mix(x, x0, residual_scale, x0_scale)
-        if computes_plainly(grad):
+        if computes_plainly(grad) or computes_plainly(grad_normed):
             factor = norm_factor(mixed, ctx.eps)
             through = grad + norm_gradient(grad_normed, (mixed * factor).to(x.dtype), factor).to(x.dtype)
             spare = None

@@ -59,7 +59,7 @@ class ReluSquaredMLP(nn.Module):
         if others_choose_what_is_kept():
             return self.down_proj(square)
         kept = relu.detach()
-        with made_again(square, lambda: _square(kept)):
+        with made_again(square, lambda: _square(kept), of=[kept]):
             return self.down_proj(square)
 
     def _may_change(self, hidden: Tensor) -> bool:

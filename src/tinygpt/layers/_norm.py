@@ -76,9 +76,9 @@ def rms_norm(x: Tensor, *, eps: float | None = None) -> Tensor:
 
 
 def rms_norm_(x: Tensor, *, eps: float | None = None) -> Tensor:
-    """Return `rms_norm`, in the memory of `x` where gradients are asked for; only for what nobody else reads."""
+    """Return `rms_norm`, in the memory of `x` where that saves some; only for what nobody else reads."""
     if x.requires_grad and norms_by_itself(x):
-        normed: Tensor = _RMSNorm.apply(x, eps, True)[0]  # type: ignore[no-untyped-call]
+        normed: Tensor = _RMSNorm.apply(x, eps, not _has_kernel(x))[0]  # type: ignore[no-untyped-call]
         return normed
     return _norm(x, None, eps)
 
@@ -109,10 +109,10 @@ def norm_made_again(
 
 
 def normalized(x: Tensor, eps: float | None, *, in_place: bool = False) -> tuple[Tensor, Tensor]:
-    """Return the norm of `(..., dim)` and its factor `(..., 1)`, without gradients."""
-    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64):
+    """Return the norm of `(..., dim)` and its factor `(..., 1)`, without gradients; in place for `rms_norm_` alone."""
+    if _has_kernel(x):
         normed, factor = torch.ops.aten._fused_rms_norm(x, [x.shape[-1]], None, eps)
-        return (x.copy_(normed) if in_place else normed), factor
+        return normed, factor
     # What torch does there as well, with a third of the memory.
     eps = _eps(x, eps)
     if not in_place:
@@ -130,6 +130,10 @@ def norm_factor(x: Tensor, eps: float | None) -> Tensor:
     """Return the factor `(..., 1)` of the norm of `(..., dim)`, with gradients."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return (wide.square().mean(dim=-1, keepdim=True) + _eps(wide, eps)).rsqrt()
+
+
+def _has_kernel(x: Tensor) -> bool:
+    return x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64)
 
 
 def _eps(x: Tensor, eps: float | None) -> float:
