@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -25,6 +25,10 @@ MIB = 2**20
 
 Row = dict[str, Any]
 Work = Callable[[], object]
+T = TypeVar("T")
+
+
+_for_all: ProcessPoolExecutor | None = None  # the process that a quick run calls everything in
 
 
 class Memory(NamedTuple):
@@ -49,10 +53,12 @@ def arguments(description: str, *, rounds: int) -> argparse.ArgumentParser:
 
 
 def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """Parse the command line; `--quick` means two rounds whatever `--rounds` says."""
+    """Parse the command line; `--quick` means two rounds whatever `--rounds` says, and one process for all variants."""
+    global _for_all
     options = parser.parse_args()
     if options.quick:
         options.rounds = 2
+        _for_all = _one_process()  # starting others is what takes long
     return options
 
 
@@ -105,13 +111,27 @@ def timed_rows(seconds: Mapping[str, Sequence[float]], baseline: str) -> list[Ro
     return rows
 
 
+def in_fresh_process(function: Callable[..., T], *args: object) -> T:
+    """Return `function(*args)` of a fresh process, or of the one that a quick run has for all calls.
+
+    `function` must be importable by name from the script, as `multiprocessing` asks.
+    """
+    if _for_all is not None:
+        return _for_all.submit(function, *args).result()
+    with _one_process() as pool:
+        return pool.submit(function, *args).result()
+
+
+def _one_process() -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+
+
 def peak_memory(build: Callable[..., Work], *args: object) -> Memory | None:
     """Call `build(*args)` in a fresh process, then run what it returns, and measure that; None where it cannot be told.
 
     `build` must be importable by name from the script, as `multiprocessing` asks.
     """
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(_measure_memory, build, args).result()
+    return in_fresh_process(_measure_memory, build, args)
 
 
 def _measure_memory(build: Callable[..., Work], args: tuple[object, ...]) -> Memory | None:

@@ -5,13 +5,11 @@ that reading, shuffling and packing are measured and not the vocabulary. The tim
 run takes about ten minutes a round and 7 GB of disk.
 """
 
-import multiprocessing
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-from _measure import MIB, arguments, mib_text, parse, report, resident, seconds_text, timed_rows
+from _measure import MIB, arguments, in_fresh_process, mib_text, parse, report, resident, seconds_text, timed_rows
 from _web_text import write_jsonl
 
 from tinygpt.data import BatchLoader, JsonLines, TokenShards, tokenize_documents
@@ -33,11 +31,6 @@ def epoch(kind: str, path: str) -> tuple[float, int | None]:
     return seconds / (loader.utilization().rows * SEQ_LEN) * MB, resident(highest=True)
 
 
-def in_a_fresh_process(kind: str, path: str) -> tuple[float, int | None]:
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(epoch, kind, path).result()
-
-
 def main() -> None:
     parser = arguments(__doc__ or "", rounds=3)
     parser.add_argument(
@@ -56,7 +49,7 @@ def main() -> None:
         for number in range(args.rounds):
             names = list(paths)
             for variant in names if number % 2 == 0 else reversed(names):
-                took, peak = in_a_fresh_process(*paths[variant])
+                took, peak = in_fresh_process(epoch, *paths[variant])
                 seconds.setdefault(variant, []).append(took)
                 peaks[variant] = None if peak is None else max(peak, peaks.get(variant) or 0)
     rows = timed_rows(seconds, baseline=f"text, {sizes[0]:,} MB")

@@ -26,7 +26,7 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import NamedTuple
 
 import torch
-from _measure import MIB, Row, arguments, parse, report, seconds_text, timed_rows
+from _measure import MIB, Row, arguments, in_fresh_process, parse, report, seconds_text, timed_rows
 from torch import nn
 from training_step import PlainGPT
 
@@ -191,8 +191,7 @@ def measured(cases: list[Case], args: argparse.Namespace) -> tuple[list[Row], di
             left_out[case.name] = "no time left"
             continue
         try:
-            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-                found = pool.submit(measure, case, args.rounds, args.device).result()
+            found = in_fresh_process(measure, case, args.rounds, args.device)
         except BrokenProcessPool:  # killed, as by the system when memory ran out
             left_out[case.name] = "its process died"
             continue

@@ -5,13 +5,11 @@ process, once as a whole and once above what was there before the model; on a GP
 `torch.cuda.max_memory_allocated` says. The prediction is `training_memory`'s, made on the meta device before.
 """
 
-import multiprocessing
 import time
-from concurrent.futures import ProcessPoolExecutor
 from typing import Any, NamedTuple
 
 import torch
-from _measure import MIB, Row, arguments, mib_text, parse, report, resident, seconds_text, timed_rows
+from _measure import MIB, Row, arguments, in_fresh_process, mib_text, parse, report, resident, seconds_text, timed_rows
 
 from tinygpt import GPT, GPTConfig
 from tinygpt.data import Batch
@@ -122,8 +120,7 @@ def train(fields: dict[str, Any], device: str, steps: int) -> Trained:
 def measured(name: str, fields: dict[str, Any], device: str, steps: int) -> Row:
     """Return prediction, measurement and errors of one case."""
     predicted = Case(fields, device).predicted()
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        found = pool.submit(train, fields, device, steps).result()
+    found = in_fresh_process(train, fields, device, steps)
     row: Row = {"variant": name, "predicted_mib": predicted / MIB, "seconds": found.seconds}
     if found.start is None or found.peak is None:
         return row | {"measured_mib": None, "error": None, "whole_error": None}

@@ -178,7 +178,8 @@ def main() -> None:
             saved = latest_checkpoint(out / "checkpoints")
             done = saved is not None and checkpoint_step(saved) >= sum(phase.steps for phase in phases[:count])
             if not done or (queue and count == len(phases)):  # its last checkpoint may not have got into the queue
-                new_trainer(phases[:count]).fit([every(scale.interval, evaluate)], resume="auto")
+                last = count == len(phases)  # whose report is that of the whole run
+                new_trainer(phases[:count]).fit([every(scale.interval, evaluate)], resume="auto", report=last)
     newest = latest_checkpoint(out / "checkpoints") or out
     model = GPT.from_pretrained(newest, device=args.device)
     sample = islice(BatchLoader(train, tokenizer, rows=8, seq_len=seq_len, overflow="carry"), 200)

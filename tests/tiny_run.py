@@ -39,5 +39,5 @@ def train(
         trainer.record("evaluation", bpb=report.bpb, data_hash=report.data_hash)
 
     trainer.resume(accept=accept)
-    trainer.fit(every(2, evaluate), progress=False)
+    trainer.fit(every(2, evaluate), progress=False, report=False)
     return trainer

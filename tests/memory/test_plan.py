@@ -20,7 +20,7 @@ MIB = 2**20
 
 def small() -> tuple[GPT, torch.optim.Optimizer]:
     with torch.device("meta"):
-        model = GPT.from_config(GPTConfig.from_depth(3, vocab_size=8192, max_seq_len=256))
+        model = GPT.from_config(GPTConfig.from_depth(2, vocab_size=8192, max_seq_len=256))
     return model, torch.optim.SGD(model.parameters())
 
 

@@ -346,17 +346,19 @@ def test_fit_resumes_in_one_call(tmp_path: Path) -> None:
     def trainer(num_steps: int, out: Path = tmp_path) -> Trainer:
         return make_trainer(out, num_steps=num_steps, schedules={"lr": linear_warmup(2)})
 
-    assert trainer(2).fit(progress=False, resume="auto") is not None  # nothing there yet
+    assert trainer(2).fit(progress=False, report=False, resume="auto") is not None  # nothing there yet
     again = trainer(3)
-    last = again.fit(progress=False, resume="auto")
+    last = again.fit(progress=False, report=False, resume="auto")
     assert last is not None
     assert last.index == 2
     branch = trainer(4, tmp_path / "b")
     seen: list[int] = []
     folder = tmp_path / "checkpoints" / "step-000002"
-    branch.fit([lambda trainer, step: seen.append(step.index)], progress=False, resume=folder)
+    branch.fit([lambda trainer, step: seen.append(step.index)], progress=False, report=False, resume=folder)
     assert seen == [2, 3]
-    assert branch.fit(progress=False, resume="auto") is None  # it goes on where it stands, and that is the end
+    assert (
+        branch.fit(progress=False, report=False, resume="auto") is None
+    )  # it goes on where it stands, and that is the end
     with pytest.raises(ConfigError, match="give resume='auto' as well"):
         trainer(4).fit(accept=["data"])
     with pytest.raises(ConfigError, match="give resume='auto' as well"):

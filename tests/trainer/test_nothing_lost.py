@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from small_runs import make_loader, make_model, make_trainer, steps_of
+from tinygpt import Trainer
 from tinygpt.checkpoint import _write, checkpoint_step, list_checkpoints, load_state
 from tinygpt.data import Batch
 from tinygpt.errors import CheckpointError, ConfigError, DataError
@@ -127,7 +128,7 @@ def test_a_run_that_another_process_went_on_with_is_not_gone_on_with_unseen(tmp_
     first = make_trainer(tmp_path, num_steps=8, save_every=2)
     steps_of(first, 3)
     second = make_trainer(tmp_path, num_steps=8, save_every=2)
-    second.fit(resume="auto", progress=False)
+    second.fit(resume="auto", progress=False, report=False)
     with pytest.raises(ConfigError, match=r"saved up to step-000008: continue it with trainer\.resume\(\)"):
         next(iter(first))
     first.resume()
@@ -144,7 +145,12 @@ def test_the_state_before_the_first_step_can_be_saved(tmp_path: Path) -> None:
 
 def test_retention_does_not_miss_a_due_step_that_was_saved_by_hand(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, num_steps=8, save_every=2, keep_last=1)
-    trainer.fit(lambda trainer, step: trainer.next_step % 2 == 0 and trainer.save_state(), progress=False)  # type: ignore[arg-type,return-value]
+
+    def by_hand(trainer: Trainer, step: object) -> None:
+        if trainer.next_step % 2 == 0:
+            trainer.save_state()
+
+    trainer.fit(by_hand, progress=False, report=False)
     assert steps_in(tmp_path) == [8]
 
 
@@ -248,7 +254,7 @@ def test_a_model_with_parameters_that_are_no_floats_can_be_saved(tmp_path: Path,
     options = {"optimizer": adamw, "arguments": {"loss_fn": odd_loss}, "save_in_background": background}
     list(make_trainer(tmp_path, model=Odd(), save_every=2, **options))
     trainer = make_trainer(tmp_path, model=Odd(), num_steps=6, **options)
-    trainer.fit(resume="auto", progress=False)
+    trainer.fit(resume="auto", progress=False, report=False)
     assert trainer.next_step == 6
 
 

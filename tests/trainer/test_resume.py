@@ -174,7 +174,7 @@ def test_a_file_deleted_or_changed_since_the_checkpoint_is_refused_until_accepte
 
     write_files(tmp_path / "text")
     before = trainer_on_files(4)
-    before.fit(progress=False)
+    before.fit(progress=False, report=False)
     change(tmp_path / "text")
     with pytest.raises(CheckpointError, match=r"(?s)source_fingerprint.*accept=\['data'\]"):
         trainer_on_files(8).resume()
@@ -184,7 +184,7 @@ def test_a_file_deleted_or_changed_since_the_checkpoint_is_refused_until_accepte
     # What waited in the packing buffer comes first, counters go on, and the new files are read from their beginning.
     assert trainer.loader.epoch == 0
     assert trainer.loader.utilization() == before.loader.utilization()
-    trainer.fit(progress=False)
+    trainer.fit(progress=False, report=False)
     assert trainer.next_step == 8
 
 
@@ -198,7 +198,7 @@ def test_token_shards_deleted_changed_or_made_again_since_the_checkpoint_are_not
         tokenize_documents(TextDocuments(texts), ByteTokenizer(), folder, processes=1, shard_tokens=300)
 
     tokenize(TEXTS, tmp_path / "tokens")
-    trainer_on_shards(tmp_path / "tokens", 4).fit(progress=False)
+    trainer_on_shards(tmp_path / "tokens", 4).fit(progress=False, report=False)
 
     other = tmp_path / "other"
     tokenize(TEXTS[::-1], other)
@@ -241,12 +241,12 @@ def test_other_loader_settings_are_refused(tmp_path: Path) -> None:
 
 def test_other_micro_batches_go_on_with_the_same_rows(tmp_path: Path) -> None:
     whole = make_trainer(tmp_path / "whole")
-    whole.fit()
+    whole.fit(report=False)
     interrupted_at_four(tmp_path / "resumed")
     trainer = make_trainer(tmp_path / "resumed")
     trainer.loader = BatchLoader(TextDocuments(TEXTS), ByteTokenizer(), rows=4, seq_len=16, buffer_documents=8)
     trainer.resume()
-    trainer.fit()
+    trainer.fit(report=False)
     assert losses(tmp_path / "resumed") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
 
 

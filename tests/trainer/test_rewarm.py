@@ -81,11 +81,11 @@ def test_killed_within_the_window_and_run_again_it_ends_the_same(tmp_path: Path,
     before(tmp_path / "whole")
     before(tmp_path / "killed")
     whole = after(tmp_path / "whole")
-    whole.fit(progress=False, resume="auto", rewarm_steps=5)
+    whole.fit(progress=False, report=False, resume="auto", rewarm_steps=5)
     steps_of(resumed(tmp_path / "killed"), killed_after)
     again = after(tmp_path / "killed", save_every=1)
     # The same program with the same arguments; without them it would do the same.
-    again.fit(progress=False, resume="auto", rewarm_steps=5 if killed_after % 2 else None)
+    again.fit(progress=False, report=False, resume="auto", rewarm_steps=5 if killed_after % 2 else None)
     folders = [tmp_path / name / "checkpoints" / "step-000012" for name in ("whole", "killed")]
     assert everything(folders[0]) == everything(folders[1])
 

@@ -222,13 +222,13 @@ def test_hooks_run_when_due_and_at_the_end(tmp_path: Path) -> None:
         trainer.record("note", text="hello")
 
     trainer = make_trainer(itertools.cycle(batches(8)), num_steps=5, out_dir=str(tmp_path))
-    last = trainer.fit([every(2, hook)], progress=False)
+    last = trainer.fit([every(2, hook)], progress=False, report=False)
     assert last is not None
     assert (called, last.index) == ([2, 4, 5], 4)
     records = read_metrics(tmp_path / "metrics.jsonl")
     assert [r["step"] for r in records if r["event"] == "step"] == [0, 1, 2, 3, 4]
     assert [r["step"] for r in records if r["event"] == "note"] == [1, 3, 4]
-    assert trainer.fit(progress=False) is None
+    assert trainer.fit(progress=False, report=False) is None
     with pytest.raises(ConfigError, match="positive number of steps, got 0"):
         every(0, hook)
 
