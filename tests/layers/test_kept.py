@@ -2,6 +2,7 @@
 
 import gc
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch.autograd import forward_ad
 from torch.autograd.graph import save_on_cpu
 from torch.nn import functional as F
 from torch.nn.modules.module import register_module_forward_hook
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from tinygpt.layers import (
@@ -563,3 +565,114 @@ def test_the_rotation_gives_gradients_in_batches_and_to_tables_and_rows_to_posit
     positions = torch.tensor([0, 3, 5])
     assert torch.equal(rope(x[:, :, :2], position=positions), rope(x[:, :, :2].detach(), position=positions))
     assert rope(x[:, :, :2], position=positions).shape == (3, 1, 2, 4)
+
+
+def test_a_loss_may_be_scaled_in_place_and_is_differentiated_once() -> None:
+    torch.manual_seed(0)
+    head = LMHead(8, 20)
+    x, targets = torch.randn(1, 6, 8, requires_grad=True), torch.randint(20, (1, 6))
+    expected = [grad / 6 for grad in torch.autograd.grad(head.loss(x, targets)[0], (x, head.weight))]
+    total, _ = head.loss(x, targets)
+    total /= 6
+    for found, wanted in zip(torch.autograd.grad(total, (x, head.weight)), expected, strict=True):
+        torch.testing.assert_close(found, wanted)
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        total.backward()
+
+
+def test_the_gradient_of_a_padded_head_is_handed_over_and_not_copied() -> None:
+    head = LMHead(8, 20, padded_vocab_size=32)
+    made = []
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            made.extend([out.untyped_storage().data_ptr()] if isinstance(out, Tensor) and out.shape == (32, 8) else [])
+            return out
+
+    with Seen():
+        head.loss(torch.randn(1, 6, 8), torch.randint(20, (1, 6)))[0].backward()
+    assert head.weight.grad is not None
+    assert set(made) == {head.weight.grad.untyped_storage().data_ptr()}
+    assert head.weight.grad[20:].count_nonzero() == 0
+
+
+@pytest.mark.parametrize("name", ["attention_norm", "mlp_norm"])
+def test_backward_hooks_on_a_norm_are_called(name: str) -> None:
+    block, calls = large_block(), []
+    norm = getattr(block, name)
+    norm.register_full_backward_hook(lambda module, grads, outs: calls.append("after"))
+    norm.register_full_backward_pre_hook(lambda module, outs: calls.append("before"))
+    block(torch.randn(1, 4, 64, requires_grad=True), x0=torch.randn(1, 4, 64)).sum().backward()
+    assert calls == ["before", "after"]
+
+
+@pytest.mark.parametrize("shape", [(), (1, 1, 1), (64,)])
+def test_factors_of_a_block_may_have_any_shape(shape: tuple[int, ...]) -> None:
+    block, x, x0 = large_block(), torch.randn(1, 4, 64), torch.randn(1, 4, 64)
+    block.residual_scale, block.x0_scale = (nn.Parameter(torch.full(shape, value)) for value in (0.7, 0.3))
+    scales = [block.residual_scale, block.x0_scale]
+    found = gradients(lambda x: block(x, x0=x0), x, *scales)
+
+    def formula(x: Tensor) -> Tensor:
+        x = scales[0] * x + scales[1] * x0
+        x = x + block.attention(F.rms_norm(x, (64,)))
+        return x + block.mlp(F.rms_norm(x, (64,)))
+
+    for a, b in zip(found, gradients(formula, x, *scales), strict=True):
+        assert (a - b).norm() <= 1e-5 * b.norm()
+
+
+@pytest.mark.parametrize("batched", ["grad of the stream", "grad of the norm"])
+def test_gradients_of_a_block_come_in_batches_from_either_of_its_parts(batched: str) -> None:
+    block, x, x0 = large_block(), torch.randn(1, 4, 64, requires_grad=True), torch.randn(1, 4, 64)
+    seen: list[Tensor] = []
+    block.attention = Doubled()
+    block.attention.register_forward_hook(lambda module, args, out: seen.append(out))
+    out = block(x, x0=x0)
+    of = out if batched == "grad of the stream" else seen[0]
+    several = torch.randn(3, *of.shape)
+    found = torch.autograd.grad(of, x, several, is_grads_batched=True, retain_graph=True)[0]
+    for each, grad in zip(found, several, strict=True):
+        torch.testing.assert_close(each, torch.autograd.grad(of, x, grad, retain_graph=True)[0])
+
+
+def test_what_others_keep_for_the_backward_pass_is_not_overwritten() -> None:
+    block, x, x0, kept = large_block(), torch.randn(1, 4, 64, requires_grad=True), torch.randn(1, 4, 64), []
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.append((tensor, tensor.clone()))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = block(x, x0=x0)
+    out.sum().backward()
+    assert kept
+    assert all(torch.equal(tensor, then) for tensor, then in kept)
+
+
+def test_streams_of_other_shapes_and_dtypes_train_as_they_are_evaluated() -> None:
+    block = large_block()
+    block.attention.forward = lambda x, **_: x.expand(3, -1, -1).double()  # type: ignore[method-assign]
+    block.mlp.forward = lambda x: torch.zeros(())  # type: ignore[method-assign]
+    x, x0 = torch.randn(1, 4, 64), torch.randn(2, 1, 4, 64)[0]
+    trained = block(x.requires_grad_(), x0=x0)
+    with torch.no_grad():
+        evaluated = block(x, x0=x0)
+    assert trained.shape == evaluated.shape == (3, 4, 64)
+    assert trained.dtype == evaluated.dtype == torch.float64
+    torch.testing.assert_close(trained, evaluated)
+
+
+def test_what_a_rotation_of_somebody_else_returns_is_left_alone() -> None:
+    attention = CausalSelfAttention(64, 4, rope=RotaryEmbedding(16, 8))
+    drawn(attention)
+    assert attention.rope is not None
+    attention.rope.turn = lambda x, cos, sin: x  # type: ignore[method-assign]
+    x = torch.randn(1, 8, 64, requires_grad=True)
+    attention(x).sum().backward()
+    assert x.grad is not None
+    without = CausalSelfAttention(64, 4)
+    without.load_state_dict(attention.state_dict())
+    (expected,) = torch.autograd.grad(without(x).sum(), x)
+    torch.testing.assert_close(x.grad, expected)

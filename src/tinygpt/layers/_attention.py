@@ -158,8 +158,9 @@ class CausalSelfAttention(nn.Module):
     def _normed(self, x: Tensor) -> Tensor:
         if not self.qk_norm:
             return x
-        # What was turned is new, and read by nobody else.
-        return (rms_norm_ if type(self.rope) is RotaryEmbedding else rms_norm)(x, eps=self.norm_eps)
+        # What our own rotation returns is new, and read by nobody else.
+        is_new = getattr(self.rope, "turn", None) is RotaryEmbedding.turn
+        return (rms_norm_ if is_new else rms_norm)(x, eps=self.norm_eps)
 
     def flops_per_token(self, seq_len: int) -> int:
         """Return forward and backward FLOPs a token of scores and weighted sum, projections not included.

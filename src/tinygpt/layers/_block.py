@@ -9,7 +9,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tinygpt.errors import ConfigError
-from tinygpt.layers._kept import computes_plainly, is_plain, made_again, with_its_parameters
+from tinygpt.layers._kept import (
+    computes_plainly,
+    is_plain,
+    made_again,
+    others_choose_what_is_kept,
+    takes_own_backward,
+    with_its_parameters,
+)
 from tinygpt.layers._kv_cache import LayerCache
 from tinygpt.layers._memory import plus_product
 from tinygpt.layers._norm import (
@@ -19,7 +26,6 @@ from tinygpt.layers._norm import (
     norm_gradient,
     norm_made_again,
     normalized,
-    norms_by_itself,
 )
 
 
@@ -31,7 +37,7 @@ class Block(nn.Module):
     Args:
         dim: Width of the residual stream.
         attention: Called as `attention(x, token_ids=..., cache=...)`; returns what is added to `x`.
-        mlp: Called as `mlp(x)`; returns what is added to `x`.
+        mlp: Called as `mlp(x)`; returns what is added to `x`. Neither may change its input in place.
         norm_weight: Whether the two norms have learned weights.
         norm_eps: `eps` of the two norms, as for `RMSNorm`.
         residual_scale: First value of `a`; `None` leaves the factor out.
@@ -94,43 +100,33 @@ class Block(nn.Module):
         Raises:
             ConfigError: If `x0` is needed and missing.
         """
-        ours = self._mixes_and_norms(x)
-        x, normed, again = self._enter(x, x0, at_once=ours)
+        x, normed, again, shared = self._enter(x, x0)
         with again:
-            x = _plus(x, self.attention(normed, token_ids=token_ids, cache=cache), in_place=ours)
+            x = _plus(x, self.attention(normed, token_ids=token_ids, cache=cache), in_place=not shared)
         norm = self.mlp_norm
         normed = norm(x)
-        # A plain norm without a weight keeps its result alone. With one it keeps what it was given, and others may too.
-        weight = norm.weight if is_plain(norm, RMSNorm) else None
-        ours = ours and weight is None and is_plain(norm, RMSNorm)
+        plain = is_plain(norm, RMSNorm)
         if self.recompute_mlp and torch.is_grad_enabled():
             # It stops as soon as it has what was not kept, so the last product in `mlp` is not repeated.
             added = checkpoint(with_its_parameters(self.mlp), normed, use_reentrant=False)
-        elif weight is not None and may_be_made_again(x):
+        elif plain and norm.weight is not None and may_be_made_again(x):
             source = x.detach()
-            with norm_made_again(normed, lambda: source, of=[source, weight], weight=weight, eps=norm.eps):
+            with norm_made_again(normed, lambda: source, of=[source, norm.weight], weight=norm.weight, eps=norm.eps):
                 added = self.mlp(normed)
         else:
             added = self.mlp(normed)
-        return _plus(x, added, in_place=ours)
+        # A plain norm without a weight keeps its result alone. With one it keeps the stream, and others may do so.
+        return _plus(x, added, in_place=not shared and plain and norm.weight is None)
 
-    def _mixes_and_norms(self, x: Tensor) -> bool:
-        """Return whether stream and norm come from one function, so that nobody else knows that stream.
-
-        Without a factor the stream before is not kept anyway.
-        """
-        norm = self.attention_norm
-        fit = is_plain(norm, RMSNorm) and norm.weight is None and self.residual_scale is not None
-        return fit and norms_by_itself(x)
-
-    def _enter(
-        self, x: Tensor, x0: Tensor | None, *, at_once: bool
-    ) -> tuple[Tensor, Tensor, AbstractContextManager[object]]:
-        """Return the stream with its share of `x0`, its norm, and the context in which the norm is read."""
+    def _enter(self, x: Tensor, x0: Tensor | None) -> tuple[Tensor, Tensor, AbstractContextManager[object], bool]:
+        """Return stream and `x0` mixed, the norm, its context, and whether others know the sum."""
         norm, scales = self.attention_norm, (self.residual_scale, self.x0_scale)
-        if not at_once and (not is_plain(norm, RMSNorm) or norm.weight is None or not may_be_made_again(x)):
+        plain = is_plain(norm, RMSNorm) and takes_own_backward()
+        # Without a factor the stream before is not kept anyway.
+        at_once = plain and norm.weight is None and self.residual_scale is not None and _alike(x, x0, scales)
+        if not at_once and not (plain and norm.weight is not None and may_be_made_again(x)):
             x = _mix(x, x0, *scales)
-            return x, norm(x), nullcontext()
+            return x, norm(x), nullcontext(), True
         before = x.detach()
         mix = partial(_mix, before, x0, *scales)
         of = [each for each in (before, x0, *scales, norm.weight) if each is not None]
@@ -140,7 +136,14 @@ class Block(nn.Module):
             x = _mix(x, x0, *scales)
             with made_again(x, mix, of=of):
                 normed = norm(x)
-        return x, normed, norm_made_again(normed, mix, of=of, weight=norm.weight, eps=norm.eps)
+        again = norm_made_again(normed, mix, of=of, weight=norm.weight, eps=norm.eps)
+        return x, normed, again, not at_once or others_choose_what_is_kept()
+
+
+def _alike(x: Tensor, x0: Tensor | None, scales: tuple[Tensor | None, ...]) -> bool:
+    """Return whether the sum has the shape and dtype of `x`, and each factor is one number."""
+    numbers = all(scale is None or scale.numel() == 1 for scale in scales)
+    return numbers and not x.is_nested and (x0 is None or (x0.shape, x0.dtype) == (x.shape, x.dtype))
 
 
 def _mix(x: Tensor, x0: Tensor | None, residual_scale: Tensor | None, x0_scale: Tensor | None) -> Tensor:
@@ -149,16 +152,18 @@ def _mix(x: Tensor, x0: Tensor | None, residual_scale: Tensor | None, x0_scale: 
         return scaled
     if x0 is None:
         raise ConfigError("this Block has an x0_scale: call it with x0=(batch, seq, dim), the embedded input.")
-    in_place = scaled is not x and not torch.is_grad_enabled()
+    fits = scaled is not x and (x0.shape, x0.dtype) == (x.shape, x.dtype)
+    in_place = fits and not torch.is_grad_enabled() and not others_choose_what_is_kept()
     return plus_product(scaled, x0_scale.to(x.dtype), x0, in_place=in_place)
 
 
 def _plus(x: Tensor, added: Tensor, *, in_place: bool) -> Tensor:
-    return x.add_(added) if in_place and added.dtype == x.dtype else x + added
+    fits = in_place and isinstance(added, Tensor) and (added.shape, added.dtype) == (x.shape, x.dtype)
+    return x.add_(added) if fits else x + added
 
 
 class _MixAndNorm(torch.autograd.Function):
-    """The stream with its share of `x0`, and the norm of that, of which nothing but the stream before is kept."""
+    """The stream with its share of `x0`, and the norm of that; both are made again instead of kept."""
 
     @staticmethod
     def forward(
@@ -173,22 +178,24 @@ class _MixAndNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, grad_normed: Tensor) -> tuple[Tensor | None, ...]:
         x, x0, residual_scale, x0_scale, factor = ctx.saved_tensors
+        needs_x, needs_x0, *needs_scales, _ = ctx.needs_input_grad
         mixed = _mix(x, x0, residual_scale, x0_scale)
-        if computes_plainly(grad) or computes_plainly(grad_normed):
-            factor = norm_factor(mixed, ctx.eps)
-            through = grad + norm_gradient(grad_normed, (mixed * factor).to(x.dtype), factor).to(x.dtype)
-            spare = None
+        plainly = computes_plainly(grad, grad_normed)
+        if plainly:
+            spare, factor = None, norm_factor(mixed, ctx.eps)
+            normed = (mixed * factor).to(x.dtype)
         else:
-            spare = mixed.mul_(factor)
-            through = norm_gradient(grad_normed, spare, factor).to(x.dtype).add_(grad)
-        grads: list[Tensor | None] = [None, None]
-        for index, of in enumerate((x, x0)):
-            if ctx.needs_input_grad[2 + index]:
-                grads[index] = torch.mul(through, of, out=spare).sum(dtype=factor.dtype).view(1)
-        needs_x, needs_x0, *_ = ctx.needs_input_grad
+            spare = normed = mixed.mul_(factor)
+        through = norm_gradient(grad_normed, normed, factor).to(x.dtype)
+        through = through + grad if plainly else through.add_(grad)
+        grad_scales = [
+            torch.mul(through, of, out=spare).sum(dtype=factor.dtype).view(scale.shape) if needed else None
+            for of, scale, needed in zip((x, x0), (residual_scale, x0_scale), needs_scales, strict=True)
+        ]
         grad_x0 = x0_scale.to(x.dtype) * through if needs_x0 and x0_scale is not None else None
-        grad_x = (through.mul if spare is None else through.mul_)(residual_scale.to(x.dtype)) if needs_x else None
-        return grad_x, grad_x0, *grads, None
+        scale = residual_scale.to(x.dtype)
+        grad_x = None if not needs_x else through * scale if plainly else through.mul_(scale)
+        return grad_x, grad_x0, *grad_scales, None
 
 
 class Backout(nn.Module):

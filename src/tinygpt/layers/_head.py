@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from tinygpt._numbers import check_real, check_whole, given
 from tinygpt.errors import ConfigError
-from tinygpt.layers._kept import graph_stays
+from tinygpt.layers._kept import graph_stays, others_choose_what_is_kept
 from tinygpt.layers._linear import Linear
 
 # Logits of a chunk, in elements; about four tensors of this size exist at once. On a GPU 2**25, which are 128 MiB of
@@ -273,23 +273,25 @@ class _ChunkedLoss(torch.autograd.Function):
                     grad_weight.addmm_(grad.T, scaled)
                 else:
                     grad_weight += grad.T @ scaled
-        if torch.compiler.is_compiling():
-            ctx.save_for_backward(grad_x, padded_grad)
-        else:
-            ctx.save_for_backward(total)  # with which torch refuses a second backward pass over a graph that is gone
+        ctx.hands_over = not torch.compiler.is_compiling() and not others_choose_what_is_kept()
+        if ctx.hands_over:
+            ctx.save_for_backward(total.new_empty(0))  # with which torch refuses a second backward pass
             ctx.grads = grad_x, padded_grad
+        else:
+            ctx.save_for_backward(grad_x, padded_grad)
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, ...]:
-        saved, stays = ctx.saved_tensors, graph_stays()
-        grads = saved if torch.compiler.is_compiling() else ctx.grads
-        if not stays:
+        saved = ctx.saved_tensors
+        grads = ctx.grads if ctx.hands_over else saved
+        last = ctx.hands_over and not graph_stays()
+        if last:
             # This is where memory is highest: all that the blocks kept is still there, and the weight's gradient is a
             # large one. So it is changed in place, and nothing else refers to it, else autograd would copy it.
             ctx.grads = None
-        grad_x, grad_weight = (_times(grad, grad_total, in_place=not stays) for grad in grads)
+        grad_x, grad_weight = (_times(grad, grad_total, in_place=last) for grad in grads)
         return grad_x, grad_weight, None, None, None, None, None
 
 

@@ -25,15 +25,15 @@ def takes_own_backward() -> bool:
     )
 
 
-def computes_plainly(grad: Tensor) -> bool:
+def computes_plainly(*grads: Tensor) -> bool:
     """Return whether a backward pass has to do without results written in place: it is differentiated, or batched."""
     # Private, so asked for: gradients of several results at once (is_grads_batched) take no `out=`.
     batched = getattr(torch._C._functorch, "is_legacy_batchedtensor", None)
-    return torch.is_grad_enabled() or batched is None or batched(grad)
+    return torch.is_grad_enabled() or batched is None or any(map(batched, grads))
 
 
 def graph_stays() -> bool:
-    """Return whether the backward pass that runs leaves its graph, and all that it keeps, for another one."""
+    """Return whether the backward pass that runs leaves its graph, and all that it keeps, to others."""
     kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     return torch.compiler.is_compiling() or kept is None or bool(kept())
 
@@ -44,10 +44,9 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Return whether hooks, its own or those of all modules, see what this module takes or returns."""
-    own = module._forward_hooks or module._forward_pre_hooks
-    everywhere = nn.modules.module
-    return bool(own or everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks)
+    """Return whether hooks, its own or those of all modules, see what this module takes or returns, or gradients."""
+    kinds = "forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks"
+    return any(getattr(module, f"_{kind}") or getattr(nn.modules.module, f"_global_{kind}") for kind in kinds)
 
 
 def others_choose_what_is_kept() -> bool:

@@ -1,4 +1,4 @@
-"""Operations with less memory between their operands and their result."""
+"""Operations that leave less memory behind: fewer tensors on the way, fewer holes where tensors were."""
 
 import torch
 from torch import Tensor
@@ -20,6 +20,6 @@ def empty_with_room(like: Tensor) -> Tensor:
 
 def plus_product(x: Tensor, factor: Tensor, y: Tensor, *, in_place: bool = False) -> Tensor:
     """Return `x + factor * y`; in half precision the product is rounded first, as written and as others have it."""
-    if x.dtype not in (torch.float32, torch.float64):
+    if x.dtype not in (torch.float32, torch.float64) or y.dtype != x.dtype:
         return x.add_(factor * y) if in_place else x + factor * y
     return x.addcmul_(factor, y) if in_place else torch.addcmul(x, factor, y)

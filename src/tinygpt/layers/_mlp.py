@@ -54,17 +54,17 @@ class ReluSquaredMLP(nn.Module):
             return self.down_proj(hidden.square() if torch.compiler.is_compiling() else hidden.square_())
         if not takes_own_backward():
             return self.down_proj(F.relu(hidden).square())
-        relu, square = _ReluAndSquare.apply(hidden, self._may_change(hidden))  # type: ignore[no-untyped-call]
+        others = others_choose_what_is_kept()
+        # Nobody else may look at what `up_proj` returned, or at the relu that the square is made of again.
+        in_place = not others and is_plain(self.up_proj, Linear) and not hidden._is_view()
+        overwrite = not others and is_plain(self.down_proj, Linear)
+        relu, square = _ReluAndSquare.apply(hidden, in_place, overwrite)  # type: ignore[no-untyped-call]
         del hidden
-        if others_choose_what_is_kept():
+        if others:
             return self.down_proj(square)
         kept = relu.detach()
         with made_again(square, lambda: _square(kept), of=[kept]):
             return self.down_proj(square)
-
-    def _may_change(self, hidden: Tensor) -> bool:
-        """Return whether nobody else may look at what `up_proj` returned."""
-        return is_plain(self.up_proj, Linear) and not (hidden._is_view() or others_choose_what_is_kept())
 
 
 def _square(x: Tensor) -> Tensor:
@@ -75,7 +75,8 @@ class _ReluAndSquare(torch.autograd.Function):
     """`relu(x)` and its square, of which the first is kept: the derivative of the square is twice it."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, in_place: bool) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, in_place: bool, overwrite: bool) -> tuple[Tensor, Tensor]:
+        ctx.overwrite = overwrite
         if in_place:
             ctx.mark_dirty(x)
         relu = x.relu_() if in_place else F.relu(x)
@@ -84,15 +85,16 @@ class _ReluAndSquare(torch.autograd.Function):
         return relu, _square(relu)
 
     @staticmethod
-    def backward(ctx: Any, grad_relu: Tensor | None, grad_square: Tensor | None) -> tuple[Tensor | None, None]:
+    def backward(ctx: Any, grad_relu: Tensor | None, grad_square: Tensor | None) -> tuple[Tensor | None, None, None]:
         (relu,) = ctx.saved_tensors
-        if not (grad_square is None or grad_relu is not None or computes_plainly(grad_square) or graph_stays()):
-            return relu.mul_(grad_square).mul_(2.0), None  # read for the last time
-        grad = None if grad_square is None else (grad_square * relu).mul_(2.0)
+        grad = None
+        if grad_square is not None:
+            last = ctx.overwrite and not graph_stays() and not computes_plainly(grad_square)
+            grad = (relu.mul_(grad_square) if last and grad_relu is None else grad_square * relu).mul_(2.0)
         if grad_relu is not None:  # in the second of two backward passes alone
             through = grad_relu * (relu > 0)
             grad = through if grad is None else grad + through
-        return grad, None
+        return grad, None, None
 
 
 class GeluMLP(nn.Module):

@@ -25,8 +25,7 @@ class RMSNorm(nn.Module):
     """`x / sqrt(mean(x**2) + eps)` over the last axis, without a learned weight unless asked for.
 
     Without a weight the result is kept for the backward pass and not the input: whatever multiplies the result keeps it
-    anyway, so the norm costs no memory. To change that result in place is an
-    error in the backward pass.
+    anyway, so the norm costs no memory. To change that result in place is an error in the backward pass.
 
     Args:
         dim: Width of the last axis.
@@ -69,7 +68,7 @@ class RMSNorm(nn.Module):
 
 def rms_norm(x: Tensor, *, eps: float | None = None) -> Tensor:
     """Return what `F.rms_norm` returns over the last axis, to the bit, and keep the result for the backward pass."""
-    if x.requires_grad and norms_by_itself(x):
+    if x.requires_grad and not x.is_nested and takes_own_backward():
         normed: Tensor = _RMSNorm.apply(x, eps, False)[0]  # type: ignore[no-untyped-call]
         return normed
     return _norm(x, None, eps)
@@ -77,15 +76,10 @@ def rms_norm(x: Tensor, *, eps: float | None = None) -> Tensor:
 
 def rms_norm_(x: Tensor, *, eps: float | None = None) -> Tensor:
     """Return `rms_norm`, in the memory of `x` where that saves some; only for what nobody else reads."""
-    if x.requires_grad and norms_by_itself(x):
-        normed: Tensor = _RMSNorm.apply(x, eps, not _has_kernel(x))[0]  # type: ignore[no-untyped-call]
+    if x.requires_grad and not _has_kernel(x) and takes_own_backward() and not others_choose_what_is_kept():
+        normed: Tensor = _RMSNorm.apply(x, eps, True)[0]  # type: ignore[no-untyped-call]
         return normed
-    return _norm(x, None, eps)
-
-
-def norms_by_itself(x: Tensor) -> bool:
-    """Return whether norms without a weight have the backward pass below, which reads their results alone."""
-    return takes_own_backward() and hasattr(torch.ops.aten, "_fused_rms_norm")
+    return rms_norm(x, eps=eps)
 
 
 def may_be_made_again(x: Tensor) -> bool:
@@ -108,22 +102,24 @@ def norm_made_again(
     return made_again(normed, lambda: _norm(make(), weight, eps), of=of)
 
 
-def normalized(x: Tensor, eps: float | None, *, in_place: bool = False) -> tuple[Tensor, Tensor]:
-    """Return the norm of `(..., dim)` and its factor `(..., 1)`, without gradients; in place for `rms_norm_` alone."""
+def normalized(x: Tensor, eps: float | None) -> tuple[Tensor, Tensor]:
+    """Return the norm of `(..., dim)` and its factor `(..., 1)`, without gradients."""
     if _has_kernel(x):
         normed, factor = torch.ops.aten._fused_rms_norm(x, [x.shape[-1]], None, eps)
         return normed, factor
     # What torch does there as well, with a third of the memory.
-    eps = _eps(x, eps)
-    if not in_place:
-        square = torch.square(x, out=empty_with_room(x))
-        factor = square.mean(dim=-1, keepdim=True).add_(eps).rsqrt_()
-        return torch.mul(x, factor, out=square), factor
+    square = torch.square(x, out=empty_with_room(x))
+    factor = square.mean(dim=-1, keepdim=True).add_(_eps(x, eps)).rsqrt_()
+    return torch.mul(x, factor, out=square), factor
+
+
+def _normalize_(x: Tensor, eps: float | None) -> Tensor:
+    """Norm `(..., seq, dim)` in place and return the factor; some positions at a time, so that little lies between."""
     factors = []
     for part in x.chunk(8, dim=-2):
-        factors.append(part.square().mean(dim=-1, keepdim=True).add_(eps).rsqrt_())
+        factors.append(part.square().mean(dim=-1, keepdim=True).add_(_eps(x, eps)).rsqrt_())
         part.mul_(factors[-1])
-    return x, torch.cat(factors, dim=-2)
+    return torch.cat(factors, dim=-2)
 
 
 def norm_factor(x: Tensor, eps: float | None) -> Tensor:
@@ -141,7 +137,7 @@ def _eps(x: Tensor, eps: float | None) -> float:
 
 
 def norm_gradient(grad: Tensor, normed: Tensor, factor: Tensor) -> Tensor:
-    """Return the gradient of a norm's input, in the dtype of its factor or its own, from that of its result."""
+    """Return the gradient of a norm's input from that of its result; in float32 at least, but on a GPU in its dtype."""
     plainly = computes_plainly(grad)
     if normed.is_cuda and not plainly:
         # The kernel of the plain norm, for an input that is normalized already; it sums in float32.
@@ -168,7 +164,9 @@ class _RMSNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, eps: float | None, in_place: bool) -> tuple[Tensor, Tensor]:
         if in_place:
             ctx.mark_dirty(x)
-        y, factor = normalized(x, eps, in_place=in_place)
+            y, factor = x, _normalize_(x, eps)
+        else:
+            y, factor = normalized(x, eps)
         ctx.save_for_backward(y, factor)
         ctx.set_materialize_grads(False)
         return y, factor

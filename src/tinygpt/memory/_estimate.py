@@ -20,9 +20,9 @@ from tinygpt.memory._ledger import Ledger
 # What allocators round sizes up to: torch's on a GPU to 512 bytes, on a CPU to a cache line.
 _BLOCK = {"cpu": 64}
 _GPU_BLOCK = 512
-# Fitted on Linux to what benchmarks/memory.py measures: what threads and the libraries of products take at their first
-# use, and what glibc keeps back of freed memory, as a share of all that a micro-batch allocates in sizes for which glibc
-# does not ask the system each time. The script prints how far off its fifteen configurations are with these two.
+# Fitted on Linux to what benchmarks/memory.py measures, which prints how far off they leave it: what threads and the
+# libraries of products take at their first use, and what glibc keeps back of freed memory, as a share of all that a
+# micro-batch allocates in sizes for which glibc does not ask the system each time.
 _CPU_LIBRARIES = 100 * 2**20
 _CPU_KEPT_BACK = 0.09
 _CPU_KEPT_SIZES = 128 * 2**10, 32 * 2**20
