@@ -136,8 +136,11 @@ def test_a_run_is_resumed_under_another_setting(compiled: list[str], tmp_path: P
     resumed = make_trainer(tmp_path / "parts", compile=after, save_every=2)
     assert not resumed.resume()
     list(resumed)
-    ends = [everything(tmp_path / run / "checkpoints" / "step-000004") for run in ("whole", "parts")]
-    assert ends[0] == ends[1]
+    ends = [tmp_path / run / "checkpoints" / "step-000004" for run in ("whole", "parts")]
+    for file in ("model.safetensors", "optimizer.safetensors"):  # norms round otherwise under the compiler
+        torch.testing.assert_close(*(load_tensors(end / file) for end in ends), rtol=1e-4, atol=1e-6)
+    rest = [{k: v for k, v in everything(end).items() if k not in ("weights", "optimizer")} for end in ends]
+    assert rest[0] == rest[1]
     names = load_tensors(tmp_path / "parts" / "checkpoints" / "step-000002" / "model.safetensors").keys()
     assert set(names) == {name for name, _ in make_model().named_parameters()}
 
