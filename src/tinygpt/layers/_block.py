@@ -153,7 +153,8 @@ def _mix(x: Tensor, x0: Tensor | None, residual_scale: Tensor | None, x0_scale: 
     if x0 is None:
         raise ConfigError("this Block has an x0_scale: call it with x0=(batch, seq, dim), the embedded input.")
     fits = scaled is not x and (x0.shape, x0.dtype) == (x.shape, x.dtype)
-    in_place = fits and not torch.is_grad_enabled() and not others_choose_what_is_kept()
+    eager = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    in_place = fits and eager and not others_choose_what_is_kept()
     return plus_product(scaled, x0_scale.to(x.dtype), x0, in_place=in_place)
 
 
