@@ -23,8 +23,8 @@ _GPU_BLOCK = 512
 # Fitted on Linux to what benchmarks/memory.py measures, which prints how far off they leave it: what threads and the
 # libraries of products take at their first use, and what glibc keeps back of freed memory, as a share of all that a
 # micro-batch allocates in sizes for which glibc does not ask the system each time.
-_CPU_LIBRARIES = 100 * 2**20
-_CPU_KEPT_BACK = 0.09
+_CPU_LIBRARIES = 115 * 2**20
+_CPU_KEPT_BACK = 0.08
 _CPU_KEPT_SIZES = 128 * 2**10, 32 * 2**20
 
 LossOf = Callable[[nn.Module, Batch], Any]
